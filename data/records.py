@@ -1,0 +1,195 @@
+"""Records that travel between processes: prompts, groups of completions, scored groups.
+
+Records hold NumPy arrays, because Ray moves them without a copy and Parquet writes them as they are; tensors exist
+inside a process only. Suffixes: `_P` prompt, `_G` group member, `_T` token of a completion. Everything is token ids,
+never text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+LongArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+NO_ITEM = -1
+"""Item id of a completion that maps to no item of the catalogue, and of an absent ground truth."""
+
+
+class Decode(StrEnum):
+    """How a group was decoded. Recorded with every group, because beams are not samples."""
+
+    SAMPLE = "sample"
+    """Independent draws from the renormalised policy; duplicates are possible."""
+    BEAM = "beam"
+    """Deterministic beam search; the group is the `width` most probable completions the beams reached."""
+    SAMPLE_WITHOUT_REPLACEMENT = "sample_without_replacement"
+    """Stochastic beam search with Gumbel top-k."""
+
+
+class Kind(StrEnum):
+    """Where a group member comes from."""
+
+    ROLLOUT = "rollout"
+    ANCHOR = "anchor"
+    GROUND_TRUTH = "ground_truth"
+
+
+class Finish(StrEnum):
+    """Why a completion ended."""
+
+    ITEM = "item"
+    """It reached a leaf of the item trie."""
+    LENGTH = "length"
+    """It reached the token limit (unconstrained decoding only)."""
+    ABSENT = "absent"
+    """There were fewer legal completions than group members; the slot is empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One context to recommend for."""
+
+    prompt_id: int
+    """Row of the split it comes from; with the step it keys the random numbers."""
+    token_ids: IntArray
+    """[T] prompt tokens."""
+    user_id: int
+    history: IntArray
+    """Item ids, oldest first, as many as the prompt shows."""
+    exclusions: IntArray
+    """Item ids that may not be recommended, sorted, without duplicates (empty when `exclude_seen` is off)."""
+    target: int = NO_ITEM
+    """Ground truth item, or `NO_ITEM`."""
+    timestamp: int = 0
+    """Seconds; time of the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSpec:
+    """What the engine is asked to do with a batch of prompts."""
+
+    decode: Decode
+    width: int
+    """Group size: number of beams or of samples per prompt."""
+    temperature: float = 1.0
+    """Divides the logits before the softmax over the legal set."""
+    seed: int = 0
+    """Seed of the run; random numbers are keyed by (seed, step, prompt_id, member, token index)."""
+    step: int = 0
+    constrained: bool = True
+    """False decodes over the whole vocabulary for `max_tokens` tokens, to measure the invalid rate."""
+    max_tokens: int = 0
+    """Token limit of unconstrained decoding; 0 means the depth of the trie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Completions of P prompts with G slots each, in the order of the prompts; a struct of arrays."""
+
+    prompt_id_P: LongArray
+    valid_PG: BoolArray
+    """False where there were fewer legal completions than slots; valid slots come first."""
+    token_PGT: IntArray
+    """Completion tokens, padded with -1."""
+    length_PG: IntArray
+    item_PG: IntArray
+    """Item of the completion (`NO_ITEM` when it maps to none); the first item of a shared leaf."""
+    logp_PGT: FloatArray
+    """Behaviour log-probabilities of the renormalised policy at the rollout temperature; 0 in the padding."""
+    finish_PG: npt.NDArray[np.str_]
+    """A `Finish` per slot."""
+    weight_version_P: LongArray
+    engine_id_P: npt.NDArray[np.str_]
+    spec: DecodeSpec
+    constraint: str
+    """Specification of the constraint, e.g. `item_trie` or `item_trie-exclusions`."""
+    catalogue_digest: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(P, G, T)."""
+        prompts, members, tokens = self.token_PGT.shape
+        return prompts, members, tokens
+
+    @property
+    def token_mask_PGT(self) -> BoolArray:
+        """True on the tokens of valid completions."""
+        steps = np.arange(self.token_PGT.shape[2])
+        return (steps < self.length_PG[..., None]) & self.valid_PG[..., None]
+
+    @property
+    def sequence_logp_PG(self) -> FloatArray:
+        """Behaviour log-probability of each completion."""
+        return np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64).astype(np.float32)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Groups:
+        """The groups of the given prompt rows."""
+        return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in _per_prompt_fields()})
+
+    @staticmethod
+    def concat(parts: Sequence[Groups]) -> Groups:
+        """Join shards of one request, padding the token axis to the longest.
+
+        Raises:
+            ValueError: the parts do not come from the same request and catalogue.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.spec, part.constraint, part.catalogue_digest) != (
+                first.spec,
+                first.constraint,
+                first.catalogue_digest,
+            ):
+                raise ValueError("shards of different requests or catalogues cannot be joined")
+        tokens = max(part.token_PGT.shape[2] for part in parts)
+        joined: dict[str, np.ndarray] = {}
+        for field in _per_prompt_fields():
+            arrays = [getattr(part, field.name) for part in parts]
+            if field.name.endswith("_PGT"):
+                fill = -1 if field.name == "token_PGT" else 0
+                pads = [((0, 0), (0, 0), (0, tokens - a.shape[2])) for a in arrays]
+                arrays = [np.pad(a, pad, constant_values=fill) for a, pad in zip(arrays, pads, strict=True)]
+            joined[field.name] = np.concatenate(arrays)
+        return dataclasses.replace(first, **joined)
+
+
+def _per_prompt_fields() -> list[dataclasses.Field[object]]:
+    return [f for f in dataclasses.fields(Groups) if f.name.split("_")[-1].startswith("P")]
+
+
+class RewardFailure(StrEnum):
+    """Why a group has no reward. Failed groups are masked and counted; a failure is never a zero."""
+
+    NONE = ""
+    TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"
+    NON_FINITE = "non_finite"
+    BAD_REQUEST = "bad_request"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroups:
+    """Groups with their rewards."""
+
+    groups: Groups
+    reward_PG: FloatArray
+    """Sequence reward; 0 where invalid or failed, which `usable_P` and `valid_PG` mask."""
+    failure_P: npt.NDArray[np.str_]
+    """A `RewardFailure` per group; the empty string when it was scored."""
+    parts_PG: dict[str, FloatArray]
+    """Unweighted reward by the name of its source."""
+
+    @property
+    def usable_P(self) -> BoolArray:
+        """True for groups whose rewards are complete."""
+        return self.failure_P == RewardFailure.NONE.value
