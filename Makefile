@@ -1,0 +1,27 @@
+# make demo: set everything up and run the main job on MovieLens-100K.  make test: set everything up and pass the tests.
+.PHONY: setup demo test test-long check lock clean
+.DEFAULT_GOAL := test
+PYTEST := .venv/bin/python -m pytest -p no:cacheprovider
+
+setup:
+	@bash requirements/bootstrap.sh
+
+demo: setup
+	@.venv/bin/windlass demo --run-dir runs/demo
+
+test: setup check
+	@$(PYTEST) -q
+
+test-long: setup
+	@$(PYTEST) -q -m long
+
+check: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+lock: setup
+	@bash requirements/lock.sh
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

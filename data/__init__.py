@@ -1,0 +1,1 @@
+"""Logs, interactions, catalogue, semantic IDs, item trie, constraints, prompts."""

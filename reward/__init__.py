@@ -1,0 +1,1 @@
+"""Reward service, ranker networks, rules, ranking metrics."""

@@ -1,0 +1,1 @@
+"""Worker beam loop, engine actor, reference engine, fleet, weight channel."""

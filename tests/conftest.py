@@ -1,0 +1,25 @@
+"""Closing lines of a test run: passed, failed, and skipped by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many tests passed and failed, and the skipped ones by reason."""
+    stats = terminalreporter.stats
+    skipped = Counter(_reason(report) for report in stats.get("skipped", []))
+    for reason, count in sorted(skipped.items()):
+        terminalreporter.write_line(f"skipped: {count} ({reason})")
+    failed = len(stats.get("failed", [])) + len(stats.get("error", []))
+    terminalreporter.write_line(
+        f"{len(stats.get('passed', []))} passed, {failed} failed, {sum(skipped.values())} skipped"
+    )
+
+
+def _reason(report: pytest.TestReport) -> str:
+    longrepr = report.longrepr
+    return str(longrepr[2]).removeprefix("Skipped: ") if isinstance(longrepr, tuple) else str(longrepr)

@@ -1,0 +1,1 @@
+"""Tree batches, objective stages, learners, loop, SFT, ranker training, evaluation, checkpoints."""
