@@ -1,0 +1,183 @@
+"""The jobs that `windlass train` runs, as a union told apart by `job`.
+
+A job is a tree of frozen sections; the owners of the parts define the sections. A check between fields lives here,
+raises `RequestError` with the full name of a field, and names the legal neighbours. Checks that need the catalogue are
+in `check_catalogue`, which the loop calls before it starts any process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.errors import RequestError
+from data.settings import Settings
+from data.settings_data import InteractionSettings, PromptSettings
+from reward.settings import RewardSettings
+from rollout.settings import RolloutSettings
+from trainer.objective_settings import ObjectiveSettings
+from trainer.ranker_settings import RankerSettings
+from trainer.run_settings import (
+    CheckpointSettings,
+    ClusterSettings,
+    EarlyStoppingSettings,
+    EvaluationSettings,
+    LimitSettings,
+    PolicyGapSettings,
+    TrackingSettings,
+)
+from trainer.settings import LearnerSettings
+
+PRESETS = ("tiny", "small")
+"""Model sizes that `init` can name."""
+
+
+class JobSettings(Settings):
+    """What all jobs have."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random: data order, initial weights, sampling."""
+    limits: LimitSettings
+    """When the run ends."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Evaluation on the validation split."""
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
+    """Stop when the metric no longer rises."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    """Which checkpoints are written and kept."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Trackers beside metrics.jsonl and TensorBoard."""
+
+
+class PolicyJobSettings(JobSettings):
+    """What the jobs have that train the generative model."""
+
+    data: PromptSettings
+    """Dataset and prompts."""
+    init: str = Field("tiny", min_length=1)
+    """Where the weights come from: a preset (tiny, small: random weights), or a checkpoint or hf folder."""
+    learner: LearnerSettings = LearnerSettings()
+    """The DeepSpeed learners."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The fleet of engines (for evaluation, and for rollouts in `rl`)."""
+    cluster: ClusterSettings = ClusterSettings()
+    """The Ray cluster."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        prompt = self.data.max_prompt_tokens
+        if self.learner.token_budget <= prompt:
+            raise RequestError(
+                "learner.token_budget",
+                self.learner.token_budget,
+                f"more than data.max_prompt_tokens ({prompt}), or data.max_prompt_tokens below it",
+            )
+        longest = self.rollout.max_model_len
+        if longest is not None and longest <= prompt:
+            raise RequestError(
+                "rollout.max_model_len", longest, f"more than data.max_prompt_tokens ({prompt}), or none to derive it"
+            )
+        return self
+
+
+class SftJob(PolicyJobSettings):
+    """Supervised training on whole sequences with the full-vocabulary NLL."""
+
+    job: Literal["sft"] = "sft"
+    """Kind of job."""
+    batch_rows: int = Field(64, ge=1)
+    """Sequence windows per optimiser step, over all ranks."""
+
+
+class RlJob(PolicyJobSettings):
+    """GRPO on rollouts of the current policy."""
+
+    job: Literal["rl"] = "rl"
+    """Kind of job."""
+    batch_prompts: int = Field(64, ge=1)
+    """Prompts per rollout batch; a multiple of objective.minibatches and of rollout.shard_size."""
+    reward: RewardSettings = RewardSettings()
+    """The reward service."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    """GRPO and its switches."""
+    policy_gap: PolicyGapSettings = PolicyGapSettings()
+    """Alarm on the gap between engine and learner."""
+    rollout_only: Path | None = None
+    """Only generate and score groups, and dump them to this folder as Parquet; nothing is trained."""
+    train_only: Path | None = None
+    """Train on the groups that `rollout_only` dumped to this folder; no engine is started."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        check_divides("batch_prompts", self.batch_prompts, "objective.minibatches", self.objective.minibatches)
+        check_divides("batch_prompts", self.batch_prompts, "rollout.shard_size", self.rollout.shard_size)
+        if self.rollout.width < 2:
+            raise RequestError("rollout.width", self.rollout.width, "2 or more: a group of one has no advantage")
+        if self.rollout_only is not None and self.train_only is not None:
+            raise RequestError("train_only", self.train_only, "only one of rollout_only and train_only")
+        if self.learner.dtype != self.rollout.dtype and self.policy_gap.limit is None:
+            raise RequestError(
+                "rollout.dtype",
+                str(self.rollout.dtype),
+                f"{self.learner.dtype!s} like learner.dtype, or policy_gap.limit set for the mixed pair",
+            )
+        return self
+
+
+class RankerJob(JobSettings):
+    """A ranker for rewards and baselines, trained on whole sequences."""
+
+    job: Literal["ranker"] = "ranker"
+    """Kind of job."""
+    data: InteractionSettings
+    """Dataset and history."""
+    ranker: RankerSettings = RankerSettings()
+    """The ranker and its training."""
+
+
+Job = Annotated[SftJob | RlJob | RankerJob, Field(discriminator="job")]
+JOBS: dict[str, type[JobSettings]] = {"sft": SftJob, "rl": RlJob, "ranker": RankerJob}
+
+
+def neighbours(value: int, divisor: int) -> str:
+    """The multiples of `divisor` (at least 1) around `value`, as words."""
+    low = value // divisor * divisor
+    return f"{low} or {low + divisor}" if low else str(divisor)
+
+
+def check_divides(where: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Refuse a value that is no multiple of the divisor, naming both neighbours."""
+    if value % divisor:
+        raise RequestError(where, value, f"{neighbours(value, divisor)} (a multiple of {divisor_name}, {divisor})")
+
+
+def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
+    """Checks that need the catalogue: `n_items` items whose paths have at most `depth` tokens.
+
+    Raises:
+        RequestError: a width beyond the catalogue, or a prompt with its completions beyond a token limit.
+    """
+    prompt = job.data.max_prompt_tokens
+    widest = max(job.evaluation.k)
+    if widest > n_items:
+        raise RequestError("evaluation.k", list(job.evaluation.k), f"at most {n_items}, the items of the catalogue")
+    if job.rollout.max_model_len is not None and job.rollout.max_model_len < prompt + depth:
+        raise RequestError(
+            "rollout.max_model_len",
+            job.rollout.max_model_len,
+            f"at least {prompt + depth} (data.max_prompt_tokens {prompt} + item path {depth})",
+        )
+    branches = 1
+    if isinstance(job, RlJob):
+        if job.rollout.width > n_items:
+            raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
+        branches = job.rollout.width + 1
+    tree = prompt + branches * depth
+    if job.learner.token_budget < tree:
+        raise RequestError(
+            "learner.token_budget",
+            job.learner.token_budget,
+            f"at least {tree} (data.max_prompt_tokens {prompt} + {branches} completions of {depth} tokens)",
+        )

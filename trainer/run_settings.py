@@ -1,0 +1,129 @@
+"""Sections that every job shares: when to stop, when to evaluate, what to keep, whom to tell, where to run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data.settings import Settings
+
+
+class LimitSettings(Settings):
+    """When a run ends: at the first limit it meets. At least one must be set."""
+
+    max_steps: int | None = Field(None, ge=0)
+    """Training steps; 0 evaluates and saves the initial model."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows."""
+    max_hours: float | None = Field(None, gt=0)
+    """Wall time of this and the earlier runs of the same run directory, in hours."""
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        if self.max_steps is None and self.max_epochs is None and self.max_hours is None:
+            raise ValueError("no limit is set; legal: at least one of max_steps, max_epochs, max_hours")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """Evaluation on the validation split while training."""
+
+    every: int = Field(0, ge=0)
+    """Steps between two evaluations; 0 evaluates before the first and after the last step only."""
+    rows: int = Field(500, ge=1)
+    """Rows of the split, a seeded sample that is the same at every evaluation."""
+    k: tuple[int, ...] = Field((1, 3, 5, 10, 20, 50), min_length=1)
+    """Cut-offs of the metrics, increasing."""
+    metric: str = Field("ndcg@10", min_length=1)
+    """Metric that selects the best checkpoint; larger is better."""
+    batch: int = Field(64, ge=1)
+    """Prompts per request to the fleet."""
+    unconstrained_rows: int = Field(0, ge=0)
+    """Rows that are decoded without the constraint as well, for the invalid rate."""
+
+    @model_validator(mode="after")
+    def _cutoffs(self) -> Self:
+        if min(self.k) < 1 or list(self.k) != sorted(set(self.k)):
+            raise ValueError(f"k is {list(self.k)}; legal: increasing integers from 1, for example [1, 5, 10]")
+        name, at, cutoff = self.metric.partition("@")
+        if at and (not cutoff.isdecimal() or int(cutoff) not in self.k):
+            names = ", ".join(f"{name}@{k}" for k in self.k)
+            raise ValueError(f"metric is {self.metric!r}, which is not measured; legal with this k: {names}")
+        return self
+
+
+class EarlyStoppingSettings(Settings):
+    """Stop when the selection metric no longer rises."""
+
+    patience: int = Field(0, ge=0)
+    """Evaluations without improvement before the run stops; 0 never stops early."""
+    min_improvement: float = Field(0.0, ge=0)
+    """Smallest rise of the metric that counts."""
+
+
+class CheckpointSettings(Settings):
+    """Which checkpoints are written and which are kept."""
+
+    interval: int = Field(10, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    last: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    best: int = Field(1, ge=0)
+    """Best checkpoints by the evaluation metric that are kept."""
+    every: int = Field(0, ge=0)
+    """Keep each checkpoint whose step is a multiple of this for good; 0 keeps none for that reason."""
+
+    @model_validator(mode="after")
+    def _every_is_written(self) -> Self:
+        if self.every % self.interval:
+            low = self.every // self.interval * self.interval
+            legal = ", ".join(str(n) for n in (low, low + self.interval) if n)
+            raise ValueError(
+                f"every is {self.every}, but checkpoints are written at multiples of interval {self.interval}; "
+                f"legal neighbours of every: {legal}"
+            )
+        return self
+
+
+class TrackingSettings(Settings):
+    """Trackers beside metrics.jsonl and TensorBoard, which are always written."""
+
+    wandb: bool = False
+    """Report to Weights & Biases (extra `wandb`)."""
+    mlflow: bool = False
+    """Report to MLflow (extra `mlflow`)."""
+    project: str = Field("windlass", min_length=1)
+    """Project (wandb) or experiment (MLflow)."""
+
+
+class ClusterSettings(Settings):
+    """Where the processes run."""
+
+    address: str | None = None
+    """Address of a running Ray cluster (`auto` finds it); none starts one on this machine."""
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of a cluster started here; none takes the larger of 8 and the cores, so that small actors fit."""
+    object_store_mib: int = Field(512, ge=80)
+    """Shared memory of a cluster started here, in MiB."""
+
+
+class GapAction(StrEnum):
+    """What happens when engine and learner disagree."""
+
+    STOP = "stop"
+    """Write a checkpoint of the last good step and fail."""
+    WARN = "warn"
+    """Say so in the metrics and go on."""
+
+
+class PolicyGapSettings(Settings):
+    """Alarm on the gap between the engine's and the learner's log-probabilities."""
+
+    action: GapAction = GapAction.STOP
+    """What happens when the gap is above the limit: stop or warn."""
+    limit: float | None = Field(None, gt=0)
+    """Largest mean absolute gap per completion token; none means 1e-4 in float32 and noise_factor x noise in bf16."""
+    noise_factor: float = Field(2.0, ge=1.0)
+    """In bf16: multiple of the learner's own bf16-to-float32 gap."""
