@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,11 +130,13 @@ class Groups:
     @property
     def sequence_logp_PG(self) -> FloatArray:
         """Behaviour log-probability of each completion."""
-        return np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64).astype(np.float32)
+        total_PG: FloatArray = np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64)
+        return total_PG.astype(np.float32)
 
     def take(self, rows: npt.NDArray[np.integer]) -> Groups:
         """The groups of the given prompt rows."""
-        return dataclasses.replace(self, **{f.name: getattr(self, f.name)[rows] for f in _per_prompt_fields()})
+        taken: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in _per_prompt_fields()}
+        return dataclasses.replace(self, **taken)
 
     @staticmethod
     def concat(parts: Sequence[Groups]) -> Groups:
@@ -151,7 +154,7 @@ class Groups:
             ):
                 raise ValueError("shards of different requests or catalogues cannot be joined")
         tokens = max(part.token_PGT.shape[2] for part in parts)
-        joined: dict[str, np.ndarray] = {}
+        joined: dict[str, Any] = {}
         for field in _per_prompt_fields():
             arrays = [getattr(part, field.name) for part in parts]
             if field.name.endswith("_PGT"):
@@ -162,7 +165,7 @@ class Groups:
         return dataclasses.replace(first, **joined)
 
 
-def _per_prompt_fields() -> list[dataclasses.Field[object]]:
+def _per_prompt_fields() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(Groups) if f.name.split("_")[-1].startswith("P")]
 
 
@@ -192,4 +195,5 @@ class ScoredGroups:
     @property
     def usable_P(self) -> BoolArray:
         """True for groups whose rewards are complete."""
-        return self.failure_P == RewardFailure.NONE.value
+        usable: BoolArray = self.failure_P == RewardFailure.NONE.value
+        return usable
