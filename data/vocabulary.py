@@ -1,0 +1,108 @@
+"""The vocabulary: four special tokens, then one token per (level, code), level by level.
+
+A recommender that is trained from scratch needs no other words, so its vocabulary is exactly what a semantic ID can
+say; every token id means the same in the engine, the learner and the item trie.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import RequestError
+from data.records import LongArray
+
+SPECIAL_TOKENS: Final = ("<pad>", "<bos>", "<eos>", "<unk>")
+LEVEL_NAMES: Final = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Vocabulary:
+    """Token ids of codes. `level_sizes[l]` codes exist at level l; code c of level l is written `<a_c>`, `<b_c>`, …"""
+
+    pad: Final = 0
+    bos: Final = 1
+    eos: Final = 2
+    """Also the end token of an item whose path is the beginning of another item's path."""
+    unk: Final = 3
+
+    def __init__(self, level_sizes: list[int]) -> None:
+        if not 1 <= len(level_sizes) <= len(LEVEL_NAMES):
+            raise RequestError("codes: levels", len(level_sizes), f"1 to {len(LEVEL_NAMES)}")
+        if min(level_sizes) < 1:
+            raise RequestError("codes: codes per level", level_sizes, "at least 1 at every level")
+        self.level_sizes = tuple(int(size) for size in level_sizes)
+        self.level_offsets: LongArray = len(SPECIAL_TOKENS) + np.cumsum([0, *self.level_sizes], dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, the least number of rows of an embedding."""
+        return int(self.level_offsets[-1])
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.level_sizes)
+
+    def code_token(self, level: int, code: int) -> int:
+        """Token id of a code.
+
+        Raises:
+            RequestError: there is no such level or code.
+        """
+        if not 0 <= level < self.levels:
+            raise RequestError("codes: level", level, f"0 to {self.levels - 1}")
+        if not 0 <= code < self.level_sizes[level]:
+            raise RequestError(f"codes: code at level {level}", code, f"0 to {self.level_sizes[level] - 1}")
+        return int(self.level_offsets[level]) + code
+
+    def code_tokens(self, level_N: npt.NDArray[np.integer], code_N: npt.NDArray[np.integer]) -> LongArray:
+        """Token ids of many codes at once; the same errors as `code_token`."""
+        outside = (level_N < 0) | (level_N >= self.levels)
+        if not outside.any():
+            outside = (code_N < 0) | (code_N >= np.asarray(self.level_sizes)[level_N])
+        if outside.any():
+            first = int(np.flatnonzero(outside)[0])
+            self.code_token(int(level_N[first]), int(code_N[first]))
+        return self.level_offsets[level_N] + code_N.astype(np.int64)
+
+    def words(self) -> list[str]:
+        """The written form of every token, in the order of the ids."""
+        codes = [f"<{LEVEL_NAMES[level]}_{code}>" for level, size in enumerate(self.level_sizes) for code in range(size)]
+        return [*SPECIAL_TOKENS, *codes]
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write a tokenizer that `AutoTokenizer.from_pretrained(folder)` loads, with the same token ids.
+
+        It adds no token by itself: what it encodes is what the text says.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = {word: token for token, word in enumerate(self.words())}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"<[^<>]*>"), "isolated")]
+        )
+        tokenizer.decoder = decoders.Fuse()
+        pad, bos, eos, unk = SPECIAL_TOKENS
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
+        ).save_pretrained(str(folder))
+        # Transformers picks the class of the model's family when the file leaves room for it, so the file must not.
+        config_path = Path(folder) / "tokenizer_config.json"
+        config = json.loads(config_path.read_text())
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.level_sizes == other.level_sizes
+
+    def __hash__(self) -> int:
+        return hash(self.level_sizes)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary(level_sizes={list(self.level_sizes)}, size={self.size})"
