@@ -109,7 +109,9 @@ class ItemTrie:
         if inner.size:
             found = int(item[np.flatnonzero(leaf == inner[0])[0]])
             raise RequestError(
-                f"codes of item {found}", "the path is the beginning of another item's path", "an end token, or prefix-free paths"
+                f"codes of item {found}",
+                "the path is the beginning of another item's path",
+                "an end token, or prefix-free paths",
             )
         below = at_leaf.astype(np.float64)  # bincount adds weights in float64, exact far beyond any catalogue
         for start, stop in zip(level_start[-2:0:-1], level_start[:1:-1], strict=True):
@@ -318,7 +320,8 @@ def padded_paths(path_values: IntArray, path_start: LongArray) -> IntArray:
 
 def _sorted_rows(matrix: IntArray) -> LongArray:
     """Stable order of the rows: by first column, then second, …"""
-    return np.lexsort(matrix.T[::-1])
+    order: LongArray = np.lexsort(matrix.T[::-1])
+    return order
 
 
 def _tensor(array: np.ndarray) -> Tensor:

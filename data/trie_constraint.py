@@ -96,7 +96,8 @@ class TrieConstraint:
         if outside.any():
             raise ValueError(f"excluded item {int(item_X[outside][0])} is not in the catalogue of {n_items} items")
         keys = prompt_X.astype(np.int64) * n_items + item_X
-        return torch.unique(torch.from_numpy(keys).to(self.trie.device))
+        unique_K: Tensor = torch.from_numpy(np.unique(keys)).to(self.trie.device)
+        return unique_K
 
     def _dead(self, excluded_K: Tensor) -> Tensor:
         """Keys of the nodes below which every item is excluded."""
@@ -105,8 +106,9 @@ class TrieConstraint:
         leaf_K = trie.item_leaf_I[excluded_K % n_items]
         node_KD = trie.ancestors(leaf_K)
         key_KD = (excluded_K // n_items)[:, None] * trie.n_nodes + node_KD
-        key_U, count_U = key_KD[node_KD >= 0].unique(return_counts=True)
-        return key_U[count_U == trie.subtree_items_V[key_U % trie.n_nodes]]
+        key_U, count_U = torch.unique_consecutive(key_KD[node_KD >= 0].sort().values, return_counts=True)
+        dead_K: Tensor = key_U[count_U == trie.subtree_items_V[key_U % trie.n_nodes]]
+        return dead_K
 
     def legal(self, state: TrieState) -> LegalSets:
         """Legal continuations, `C` being the widest fan-out of the state's depth whatever the rows are.

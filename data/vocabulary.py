@@ -67,11 +67,14 @@ class Vocabulary:
         if outside.any():
             first = int(np.flatnonzero(outside)[0])
             self.code_token(int(level_N[first]), int(code_N[first]))
-        return self.level_offsets[level_N] + code_N.astype(np.int64)
+        tokens: LongArray = self.level_offsets[level_N] + code_N.astype(np.int64)
+        return tokens
 
     def words(self) -> list[str]:
         """The written form of every token, in the order of the ids."""
-        codes = [f"<{LEVEL_NAMES[level]}_{code}>" for level, size in enumerate(self.level_sizes) for code in range(size)]
+        codes = [
+            f"<{LEVEL_NAMES[level]}_{code}>" for level, size in enumerate(self.level_sizes) for code in range(size)
+        ]
         return [*SPECIAL_TOKENS, *codes]
 
     def save_tokenizer(self, folder: Path) -> None:
