@@ -1,0 +1,110 @@
+"""The `reward` section of a job: what is rewarded, who scores it, and what happens when that fails."""
+
+from __future__ import annotations
+
+import ipaddress
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data.errors import RequestError
+from data.settings import Settings
+
+
+class Transport(StrEnum):
+    """How the training loop reaches the reward service."""
+
+    HANDLE = "handle"
+    """A Ray Serve handle: arrays travel through the object store."""
+    HTTP = "http"
+    """POST /score, as any other client."""
+
+
+class RankerTransform(StrEnum):
+    """What is done with ranker scores before they become rewards."""
+
+    RAW = "raw"
+    """Nothing."""
+    SIGMOID = "sigmoid"
+    """1 / (1 + exp(-score))."""
+    PERCENTILE = "percentile"
+    """Share of the other distinct items of the group that score lower (half for ties), in 0 to 1."""
+
+
+class RewardSettings(Settings):
+    """Rewards and the service that scores. The reward of a completion is the weighted sum of its sources."""
+
+    item_match: float = Field(1.0, ge=-1000, le=1000)
+    """Weight of 1 for a completion that is the ground truth item, 0 otherwise."""
+    rank_penalty: float = Field(1.0, ge=-1000, le=1000)
+    """Weight of ReRe's penalty of the misses in a group that has the hit; the higher a miss ranks, the larger."""
+    ranker_score: float = Field(0.0, ge=-1000, le=1000)
+    """Weight of the ranker's score of the item. With 0 a ranker that is set is still asked, for the metrics."""
+    ranker: str | None = None
+    """Ranker: an artefact folder written by `windlass train`, a .onnx file, or `package.module:Class`; none: no service."""
+    ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Keyword arguments for a ranker class or an .onnx file."""
+    ranker_transform: RankerTransform = RankerTransform.RAW
+    """raw, sigmoid, or percentile (within the group)."""
+    transport: Transport = Transport.HANDLE
+    """How the loop calls the service: handle or http."""
+    url: str | None = Field(None, pattern=r"^https?://")
+    """Base address of a reward service that runs elsewhere; none starts one in this cluster."""
+    host: str = "127.0.0.1"
+    """Address the service listens on. Any address but a loopback one requires the token."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port the service listens on; 0 takes a free one."""
+    token_env: str = Field("WINDLASS_REWARD_TOKEN", min_length=1)
+    """Environment variable with the bearer token; the token itself never enters a configuration file."""
+    replicas: int = Field(1, ge=1, le=1024)
+    """Processes that score."""
+    threads: int = Field(1, ge=1, le=256)
+    """Compute threads per replica."""
+    num_cpus: float = Field(1.0, ge=0, le=256)
+    """Logical Ray CPUs per replica."""
+    num_gpus: float = Field(0.0, ge=0, le=16)
+    """Ray GPUs per replica."""
+    chunk: int = Field(64, ge=1, le=65536)
+    """Samples per ranker call; the last chunk is padded, so every call has the same size."""
+    deadline_s: float = Field(60.0, gt=0, le=86400)
+    """Seconds one attempt at scoring a batch may take."""
+    retries: int = Field(2, ge=0, le=100)
+    """Further attempts after a timeout, a lost replica or an error of the ranker."""
+    backoff_s: float = Field(0.5, ge=0, le=600)
+    """Pause before the first further attempt; doubles with each."""
+    max_body_mib: float = Field(32.0, gt=0, le=4096)
+    """Largest HTTP request body, MiB."""
+    max_failed_share: float = Field(0.2, ge=0, le=1)
+    """A step with a larger share of failed groups stops the run (after a checkpoint)."""
+    max_failed_steps: int = Field(3, ge=1)
+    """This many steps in a row with any failed group stop the run (after a checkpoint)."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.ranker_score and self.ranker is None and self.url is None:
+            raise RequestError(
+                "reward.ranker", "none", f"a ranker or reward.url, because reward.ranker_score is {self.ranker_score}"
+            )
+        if self.url is not None and self.ranker is not None:
+            raise RequestError("reward.url", self.url, "none with reward.ranker set: the service there has its own")
+        if self.item_match == self.rank_penalty == self.ranker_score == 0:
+            raise RequestError(
+                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty or ranker_score"
+            )
+        return self
+
+    @property
+    def asks_ranker(self) -> bool:
+        """True when a step needs the reward service."""
+        return self.ranker is not None or self.url is not None
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and addresses of 127.0.0.0/8 and ::1; names other than localhost are not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
