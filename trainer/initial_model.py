@@ -1,0 +1,117 @@
+"""Where a policy's first weights come from: a preset with random weights, or a checkpoint that is checked first.
+
+The result is always an `hf` folder: a model that `AutoModelForCausalLM.from_pretrained` loads, its tokenizer, and the
+catalogue inside. Engines and learners start from the same folder, so both sides begin with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from data.catalogue import Catalogue
+from data.errors import RequestError
+from trainer.jobs import PRESETS
+
+CATALOGUE: Final = "catalogue"
+"""Folder of the catalogue inside an `hf` folder."""
+MAX_POSITIONS: Final = 4096
+
+SHAPES: Final[Mapping[str, Mapping[str, int]]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    },
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "head_dim": 64,
+    },
+}
+"""Shapes of the presets; `small` is the model of the benchmarks (10.6 M parameters at 1,031 tokens)."""
+
+
+def prepare_initial_model(init: str, catalogue: Catalogue, *, seed: int, dtype: torch.dtype, target: Path) -> Path:
+    """The `hf` folder a job starts from: `target` for a preset (written there), the given folder otherwise.
+
+    Raises:
+        RequestError: neither a preset nor a model folder, or a model with another vocabulary or catalogue.
+    """
+    if init in PRESETS:
+        write_preset(init, catalogue, seed=seed, dtype=dtype, target=target)
+        return target
+    folder = hf_folder(Path(init))
+    check_fits(folder, catalogue)
+    return folder
+
+
+def hf_folder(path: Path) -> Path:
+    """The `hf` folder of a checkpoint, or the folder itself when it is one.
+
+    Raises:
+        RequestError: no model there.
+    """
+    for folder in (path / "hf", path):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    legal = f"{', '.join(PRESETS)}, or a checkpoint or hf folder"
+    raise RequestError("init", f"{path}: {'no config.json in it' if path.exists() else 'no such folder'}", legal)
+
+
+def check_fits(folder: Path, catalogue: Catalogue) -> None:
+    """Refuse a model whose vocabulary or catalogue is not the one of the data."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows = config.get("vocab_size")
+    if rows != catalogue.vocabulary.size:
+        raise RequestError(f"{folder}: vocab_size", rows, f"{catalogue.vocabulary.size}, the tokens of the codes")
+    own = Catalogue.load(folder / CATALOGUE)
+    if own.digest != catalogue.digest:
+        raise RequestError(
+            f"{folder}: catalogue",
+            f"digest {own.digest[:12]}",
+            f"{catalogue.digest[:12]}, the catalogue of the dataset",
+        )
+
+
+def write_preset(name: str, catalogue: Catalogue, *, seed: int, dtype: torch.dtype, target: Path) -> None:
+    """Write a Qwen3 of the named shape with random weights; the same seed gives the same file."""
+    config = preset_config(name, catalogue)
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    model.to(dtype).save_pretrained(target)
+    catalogue.vocabulary.save_tokenizer(target)
+    catalogue.save(target / CATALOGUE)
+
+
+def preset_config(name: str, catalogue: Catalogue) -> Any:
+    """The transformers configuration of a preset for a catalogue's vocabulary."""
+    from transformers import Qwen3Config
+
+    vocabulary = catalogue.vocabulary
+    return Qwen3Config(
+        vocab_size=vocabulary.size,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=vocabulary.pad,
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+        **SHAPES[name],
+    )
