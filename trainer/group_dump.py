@@ -1,0 +1,156 @@
+"""Scored groups on disk: what `--rollout-only` writes and `--train-only` reads, one Parquet file per step.
+
+A row is a group; lists are flat in the order `[G]` or `[G, T]`. The file's metadata holds the format version, the
+decoding specification, the constraint and the digest of the catalogue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import RequestError
+from data.records import Decode, DecodeSpec, Groups, Prompt, ScoredGroups
+
+FORMAT: Final = 1
+_METADATA: Final = b"windlass.groups"
+_PROMPT_LISTS: Final = ("token_ids", "history", "exclusions")
+_PROMPT_SCALARS: Final = {"prompt_id": pa.int64(), "user_id": pa.int64(), "target": pa.int32(), "timestamp": pa.int64()}
+_GROUP_ARRAYS: Final = {
+    "valid_PG": pa.bool_(),
+    "token_PGT": pa.int32(),
+    "length_PG": pa.int32(),
+    "item_PG": pa.int32(),
+    "logp_PGT": pa.float32(),
+    "finish_PG": pa.string(),
+}
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """File of a step."""
+    return folder / f"step-{step:06d}.parquet"
+
+
+def dumped_steps(folder: Path) -> list[int]:
+    """Steps that lie in the folder, in order.
+
+    Raises:
+        RequestError: there is none.
+    """
+    steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.parquet"))
+    if not steps:
+        raise RequestError("train_only", f"{folder} holds no step-*.parquet", "a folder that --rollout-only wrote")
+    return steps
+
+
+def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: ScoredGroups) -> None:
+    """Write one step; the file appears under its name when it is complete."""
+    groups = scored.groups
+    columns: dict[str, pa.Array] = {
+        name: pa.array([getattr(prompt, name) for prompt in prompts], kind) for name, kind in _PROMPT_SCALARS.items()
+    }
+    for name in _PROMPT_LISTS:
+        columns[f"prompt_{name}"] = pa.array([getattr(prompt, name) for prompt in prompts], pa.list_(pa.int32()))
+    for name, kind in _GROUP_ARRAYS.items():
+        columns[name] = _flat_lists(getattr(groups, name), kind)
+    columns["weight_version_P"] = pa.array(groups.weight_version_P)
+    columns["engine_id_P"] = pa.array(groups.engine_id_P.astype(str).tolist(), pa.string())
+    columns["failure_P"] = pa.array(scored.failure_P.astype(str).tolist(), pa.string())
+    columns["reward_PG"] = _flat_lists(scored.reward_PG, pa.float32())
+    for name, part in scored.parts_PG.items():
+        columns[f"part_{name}"] = _flat_lists(part, pa.float32())
+    head = {
+        "format": FORMAT,
+        "step": step,
+        "shape": groups.shape,
+        "spec": dataclasses.asdict(groups.spec),
+        "constraint": groups.constraint,
+        "catalogue_digest": groups.catalogue_digest,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = step_path(folder, step)
+    temporary = path.with_suffix(".tmp")
+    table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(head)})
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.rename(path)
+
+
+def read_step(folder: Path, step: int, catalogue_digest: str) -> tuple[list[Prompt], ScoredGroups]:
+    """Read one step.
+
+    Raises:
+        RequestError: not such a file, another format version, or groups of another catalogue.
+    """
+    path = step_path(folder, step)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RequestError("train_only", f"{path}: {error}", "a file that --rollout-only wrote") from error
+    head = _head(path, table)
+    if head["catalogue_digest"] != catalogue_digest:
+        raise RequestError(
+            str(path), f"catalogue {head['catalogue_digest'][:12]}", f"{catalogue_digest[:12]}, that of the model"
+        )
+    prompts = [_prompt(row) for row in table.select(_prompt_columns()).to_pylist()]
+    size, members, tokens = head["shape"]
+    shapes = {2: (size, members), 3: (size, members, tokens)}
+    arrays = {
+        name: _from_lists(table[name], shapes[3 if name.endswith("T") else 2], kind)
+        for name, kind in _GROUP_ARRAYS.items()
+    }
+    spec = dict(head["spec"])
+    groups = Groups(
+        prompt_id_P=table["prompt_id"].to_numpy(),
+        weight_version_P=table["weight_version_P"].to_numpy(),
+        engine_id_P=np.array(table["engine_id_P"].to_pylist(), dtype=str),
+        spec=DecodeSpec(**{**spec, "decode": Decode(spec["decode"])}),
+        constraint=head["constraint"],
+        catalogue_digest=head["catalogue_digest"],
+        **arrays,
+    )
+    parts = [name for name in table.column_names if name.startswith("part_")]
+    scored = ScoredGroups(
+        groups=groups,
+        reward_PG=_from_lists(table["reward_PG"], shapes[2], pa.float32()),
+        failure_P=np.array(table["failure_P"].to_pylist(), dtype=str),
+        parts_PG={name.removeprefix("part_"): _from_lists(table[name], shapes[2], pa.float32()) for name in parts},
+    )
+    return prompts, scored
+
+
+def _head(path: Path, table: pa.Table) -> dict[str, Any]:
+    raw = (table.schema.metadata or {}).get(_METADATA)
+    head: dict[str, Any] = json.loads(raw) if raw is not None else {}
+    if head.get("format") != FORMAT:
+        raise RequestError(str(path), f"format {head.get('format', 'unknown')}", f"format {FORMAT} of a dump of groups")
+    return head
+
+
+def _prompt_columns() -> list[str]:
+    return [*_PROMPT_SCALARS, *(f"prompt_{name}" for name in _PROMPT_LISTS)]
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    lists: dict[str, Any] = {name: np.asarray(row[f"prompt_{name}"], dtype=np.int32) for name in _PROMPT_LISTS}
+    return Prompt(**{name: row[name] for name in _PROMPT_SCALARS}, **lists)
+
+
+def _flat_lists(array: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    width = int(np.prod(array.shape[1:]))
+    offsets = np.arange(len(array) + 1, dtype=np.int32) * width
+    flat = array.reshape(-1)
+    values = pa.array(flat.astype(str).tolist() if kind == pa.string() else flat, kind)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _from_lists(column: pa.ChunkedArray, shape: tuple[int, ...], kind: pa.DataType) -> Any:
+    values = column.combine_chunks().flatten()
+    flat = np.array(values.to_pylist(), dtype=str) if kind == pa.string() else values.to_numpy(zero_copy_only=False)
+    return flat.reshape(shape)
