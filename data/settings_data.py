@@ -25,5 +25,5 @@ class PromptSettings(InteractionSettings):
 
     codes: str = Field("default", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the semantic IDs: codes/NAME.parquet in the dataset folder (written by `windlass data ids`)."""
-    max_prompt_tokens: int = Field(512, ge=2)
+    max_prompt_tokens: int = Field(256, ge=2)
     """Longest prompt; a longer one is kept, shortened from the oldest item, and counted."""

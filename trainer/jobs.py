@@ -30,6 +30,8 @@ from trainer.run_settings import (
 )
 from trainer.settings import LearnerSettings
 
+ROW_MULTIPLE = 16
+"""learner.row_tokens is a multiple of this."""
 PRESETS = ("tiny", "small")
 """Model sizes that `init` can name."""
 
@@ -57,7 +59,7 @@ class PolicyJobSettings(JobSettings):
     data: PromptSettings
     """Dataset and prompts."""
     init: str = Field("tiny", min_length=1)
-    """Where the weights come from: a preset (tiny, small: random weights), or a checkpoint or hf folder."""
+    """Where the weights come from: a preset (tiny, small: random weights), or an hf, checkpoint or run folder."""
     learner: LearnerSettings = LearnerSettings()
     """The DeepSpeed learners."""
     rollout: RolloutSettings = RolloutSettings()
@@ -68,17 +70,16 @@ class PolicyJobSettings(JobSettings):
     @model_validator(mode="after")
     def _lengths(self) -> Self:
         prompt = self.data.max_prompt_tokens
-        if self.learner.token_budget <= prompt:
+        if self.learner.row_tokens <= prompt:
             raise RequestError(
-                "learner.token_budget",
-                self.learner.token_budget,
-                f"more than data.max_prompt_tokens ({prompt}), or data.max_prompt_tokens below it",
+                "learner.row_tokens",
+                self.learner.row_tokens,
+                f"{_next_row(prompt + 1)} or more (above data.max_prompt_tokens, {prompt}), or a lower "
+                "data.max_prompt_tokens",
             )
         longest = self.rollout.max_model_len
         if longest is not None and longest <= prompt:
-            raise RequestError(
-                "rollout.max_model_len", longest, f"more than data.max_prompt_tokens ({prompt}), or none to derive it"
-            )
+            raise RequestError("rollout.max_model_len", longest, f"more than data.max_prompt_tokens, {prompt}, or null")
         return self
 
 
@@ -117,11 +118,11 @@ class RlJob(PolicyJobSettings):
             raise RequestError("rollout.width", self.rollout.width, "2 or more: a group of one has no advantage")
         if self.rollout_only is not None and self.train_only is not None:
             raise RequestError("train_only", self.train_only, "only one of rollout_only and train_only")
-        if self.learner.dtype != self.rollout.dtype and self.policy_gap.limit is None:
+        if self.learner.dtype.value != self.rollout.dtype.value and self.policy_gap.limit is None:
             raise RequestError(
                 "rollout.dtype",
-                str(self.rollout.dtype),
-                f"{self.learner.dtype!s} like learner.dtype, or policy_gap.limit set for the mixed pair",
+                self.rollout.dtype.value,
+                f"{self.learner.dtype.value} like learner.dtype, or policy_gap.limit set for the mixed pair",
             )
         return self
 
@@ -131,6 +132,8 @@ class RankerJob(JobSettings):
 
     job: Literal["ranker"] = "ranker"
     """Kind of job."""
+    limits: LimitSettings = LimitSettings(max_epochs=500)
+    """When the training of a network ends; counted rankers need none."""
     data: InteractionSettings
     """Dataset and history."""
     ranker: RankerSettings = RankerSettings()
@@ -160,24 +163,19 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
         RequestError: a width beyond the catalogue, or a prompt with its completions beyond a token limit.
     """
     prompt = job.data.max_prompt_tokens
-    widest = max(job.evaluation.k)
-    if widest > n_items:
+    if max(job.evaluation.k) > n_items:
         raise RequestError("evaluation.k", list(job.evaluation.k), f"at most {n_items}, the items of the catalogue")
-    if job.rollout.max_model_len is not None and job.rollout.max_model_len < prompt + depth:
-        raise RequestError(
-            "rollout.max_model_len",
-            job.rollout.max_model_len,
-            f"at least {prompt + depth} (data.max_prompt_tokens {prompt} + item path {depth})",
-        )
-    branches = 1
-    if isinstance(job, RlJob):
-        if job.rollout.width > n_items:
-            raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
-        branches = job.rollout.width + 1
-    tree = prompt + branches * depth
-    if job.learner.token_budget < tree:
-        raise RequestError(
-            "learner.token_budget",
-            job.learner.token_budget,
-            f"at least {tree} (data.max_prompt_tokens {prompt} + {branches} completions of {depth} tokens)",
-        )
+    longest = prompt + depth
+    words = f"(data.max_prompt_tokens {prompt} + item path {depth})"
+    limit = job.rollout.max_model_len
+    if limit is not None and limit < longest:
+        raise RequestError("rollout.max_model_len", limit, f"at least {longest} {words}, or null")
+    if job.learner.row_tokens < longest:
+        raise RequestError("learner.row_tokens", job.learner.row_tokens, f"at least {_next_row(longest)} {words}")
+    if isinstance(job, RlJob) and job.rollout.width > n_items:
+        raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
+
+
+def _next_row(tokens: int) -> int:
+    """The smallest legal row length of at least `tokens`."""
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE

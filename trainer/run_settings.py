@@ -79,10 +79,10 @@ class CheckpointSettings(Settings):
     def _every_is_written(self) -> Self:
         if self.every % self.interval:
             low = self.every // self.interval * self.interval
-            legal = ", ".join(str(n) for n in (low, low + self.interval) if n)
+            legal = " or ".join(str(n) for n in (low, low + self.interval) if n)
             raise ValueError(
                 f"every is {self.every}, but checkpoints are written at multiples of interval {self.interval}; "
-                f"legal neighbours of every: {legal}"
+                f"legal: every {legal}"
             )
         return self
 

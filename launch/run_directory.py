@@ -1,0 +1,190 @@
+"""A run's folder: its configuration, its environment, its lock, its summary.
+
+config.yaml        the resolved configuration of the newest start
+environment.json   what it ran on, one entry per start
+metrics.jsonl      one object per step (`trainer.run_log`)
+tensorboard/       the same as event files
+checkpoints/       `trainer.checkpoints`
+rows/              metrics per evaluated row (`trainer.row_metrics`), for paired comparisons
+summary.json       results; written last
+.lock              held while a process works here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from data.errors import RequestError
+from launch.config import read_recipe, to_mapping, to_yaml
+from trainer.durable import write_text
+from trainer.jobs import Job
+
+FORMAT = 1
+MAY_CHANGE = (
+    "limits",
+    "evaluation",
+    "early_stopping",
+    "checkpoints",
+    "tracking",
+    "cluster",
+    "policy_gap",
+    "learner.ranks",
+    "learner.zero_stage",
+    "learner.token_budget",
+    "learner.threads",
+    "learner.activation_checkpointing",
+    "learner.timeout_s",
+    "rollout.engines",
+    "rollout.threads",
+    "rollout.gpus",
+    "rollout.kv_cache_gib",
+    "rollout.start_deadline_s",
+    "rollout.deadline_s",
+    "reward.transport",
+    "reward.url",
+    "reward.host",
+    "reward.port",
+    "reward.token_env",
+    "reward.replicas",
+    "reward.threads",
+    "reward.num_cpus",
+    "reward.num_gpus",
+    "reward.deadline_s",
+    "reward.retries",
+    "reward.backoff_s",
+    "reward.max_body_mib",
+    "reward.max_failed_share",
+    "reward.max_failed_steps",
+    "data.dataset",
+)
+"""Keys (and what is below them) that a continued run may have otherwise than it began. Everything else would make the
+later steps part of another experiment. The dataset may have moved: the data cursor compares fingerprints."""
+
+
+class RunDirectory:
+    """A run folder that this process holds; use as a context manager."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, job: Job, *, command: Sequence[str] = ()) -> RunDirectory:
+        """Create the folder or continue in it; writes config.yaml and an entry in environment.json.
+
+        Raises:
+            RequestError: another process holds it, it belongs to another configuration, or it cannot be written.
+        """
+        path = path.expanduser().resolve()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RequestError("--run-dir", f"{path}: {error.strerror}", "a folder that can be written") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
+            raise RequestError(
+                "--run-dir", f"{path} is in use by process {holder or 'unknown'}", "another folder, or wait"
+            ) from error
+        run = cls(path, lock)
+        try:
+            run._claim(job, command)
+        except BaseException:
+            lock.close()
+            raise
+        return run
+
+    def _claim(self, job: Job, command: Sequence[str]) -> None:
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        config = self.path / "config.yaml"
+        if config.is_file():
+            refuse_other_experiment(config, to_mapping(job))
+        write_text(config, f"# windlass run configuration, format {FORMAT}\n" + to_yaml(job))
+        from launch.provenance import environment
+
+        entries = self.environment()
+        entries.append({"started": time.time(), "command": ["windlass", *command], **environment()})
+        write_text(self.path / "environment.json", json.dumps(entries, indent=2, default=str) + "\n")
+
+    def environment(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, one per start."""
+        file = self.path / "environment.json"
+        entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return entries
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, atomically."""
+        content = {"format": FORMAT, **summary}
+        write_text(self.path / "summary.json", json.dumps(content, indent=2, default=str) + "\n")
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def refuse_other_experiment(config: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with a key that makes it another experiment.
+
+    Raises:
+        RequestError: names the first such key with both values.
+    """
+    before = dict(leaves(read_recipe(config)))
+    after = dict(leaves(wanted))
+    for name in [*after, *(n for n in before if n not in after)]:
+        if before.get(name) != after.get(name) and not _may_change(name):
+            raise RequestError(
+                name,
+                f"{after.get(name)!r}, but the run in {config.parent} was started with {before.get(name)!r}",
+                "the same value, or another --run-dir",
+            )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == key or name.startswith(key + ".") for key in MAY_CHANGE)
+
+
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every value that is no mapping."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder.
+
+    Raises:
+        RequestError: absent, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(str(path), error.strerror or str(error), "a run directory with this file") from error
+    except ValueError as error:
+        raise RequestError(str(path), f"is not JSON ({error})", "a JSON object") from error
+    if not isinstance(content, dict):
+        raise RequestError(str(path), f"holds {type(content).__name__}", "a JSON object")
+    return content
