@@ -135,7 +135,7 @@ def sequence_windows(
         events = sequences.values[int(sequences.start_S[s]) : int(sequences.end_S[s])]
         first = int(sequences.loss_from_S[s])
         short = len(events) <= history + 1
-        stop = len(events) if short else first + 1 + int(rng.integers(targets))
+        stop = len(events) if short else min(len(events), first + 1 + int(rng.integers(targets)))
         while first < len(events):
             start = max(0, stop - history - 1)
             tokens, length = catalogue.tokens_of(events[start:stop])

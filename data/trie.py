@@ -80,7 +80,8 @@ class ItemTrie:
         item = np.arange(n_items) if active is None else np.flatnonzero(active)
         if item.size == 0:
             raise RequestError("catalogue", "no active item", "at least one")
-        matrix = padded_paths(path_values, path_start)[item]
+        longest = int(np.diff(path_start)[item].max())
+        matrix = padded_paths(path_values, path_start)[item, :longest]
         order = _sorted_rows(matrix)
         item, matrix = item[order], matrix[order]
 
