@@ -1,0 +1,145 @@
+"""From prompts to groups: checks the request, picks the constraint, decodes chunk by chunk, packs the record.
+
+Used by the vLLM worker and by the reference engine alike, so that both generate under the same constraint code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.catalogue import Catalogue
+from data.constraint import Constraint
+from data.errors import RequestError
+from data.records import NO_ITEM, BoolArray, Decode, DecodeSpec, Finish, Groups, IntArray, Prompt
+from data.trie_constraint import TrieConstraint
+from rollout.decoding import Backend, Completions, decode
+from rollout.settings import RolloutSettings
+from rollout.unconstrained import Unconstrained
+
+
+class GroupDecoder:
+    """Decodes prompts under the constraints of one catalogue on one device."""
+
+    def __init__(self, catalogue: Catalogue, device: torch.device, *, vocabulary_size: int, max_model_len: int) -> None:
+        """`vocabulary_size` is the number of logits of the model, at least the tokens of the catalogue."""
+        if vocabulary_size < catalogue.vocabulary.size:
+            raise RequestError(
+                "model vocabulary", vocabulary_size, f"at least the catalogue's {catalogue.vocabulary.size} tokens"
+            )
+        self._trie = catalogue.trie().to(device)
+        self._digest = catalogue.digest
+        self._vocabulary_size = vocabulary_size
+        self.max_model_len = max_model_len
+
+    @staticmethod
+    def load(
+        hf_dir: Path, device: torch.device, settings: RolloutSettings, *, vocabulary_size: int, model_limit: int
+    ) -> GroupDecoder:
+        """The decoder for the catalogue inside an hf folder.
+
+        Args:
+            vocabulary_size: number of logits of the model.
+            model_limit: longest sequence the model was made for.
+
+        Raises:
+            RequestError: no catalogue, one of a larger vocabulary, or `rollout.max_model_len` beyond the model's limit.
+        """
+        longest = settings.max_model_len or model_limit
+        if longest > model_limit:
+            raise RequestError("rollout.max_model_len", longest, f"at most {model_limit}, the model's own limit")
+        catalogue = Catalogue.load(Path(hf_dir) / "catalogue")
+        return GroupDecoder(catalogue, device, vocabulary_size=vocabulary_size, max_model_len=longest)
+
+    def completion_tokens(self, spec: DecodeSpec) -> int:
+        """Tokens of the longest completion."""
+        return self._trie.depth if spec.constrained else spec.max_tokens or self._trie.depth
+
+    def check(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> None:
+        """Refuse what cannot be decoded.
+
+        Raises:
+            RequestError: an unknown strategy, no prompts, or a prompt that is empty, too long or of unknown tokens.
+        """
+        if spec.decode not in (Decode.BEAM, Decode.SAMPLE):
+            raise RequestError("decode", spec.decode.value, "beam, sample")
+        if spec.width < 1 or not spec.temperature > 0:
+            raise RequestError("decode", f"width {spec.width}, temperature {spec.temperature}", "both above 0")
+        if not prompts:
+            raise RequestError("prompts", "none", "at least one")
+        longest = self.max_model_len - self.completion_tokens(spec)
+        for prompt in prompts:
+            ids = prompt.token_ids
+            if not 1 <= len(ids) <= longest:
+                raise RequestError(
+                    f"prompt {prompt.prompt_id}",
+                    f"{len(ids)} tokens",
+                    f"1 to {longest} (rollout.max_model_len {self.max_model_len} less the completion)",
+                )
+            if ids.min() < 0 or ids.max() >= self._vocabulary_size:
+                raise RequestError(
+                    f"prompt {prompt.prompt_id}",
+                    f"token ids {ids.min()} to {ids.max()}",
+                    f"0 to {self._vocabulary_size - 1}",
+                )
+
+    def generate(
+        self,
+        backend: Backend,
+        chunks: Sequence[slice],
+        prompts: Sequence[Prompt],
+        spec: DecodeSpec,
+        *,
+        exclude: bool | None,
+        weight_version: int,
+        engine_id: str,
+    ) -> Groups:
+        """Decode the prompts, `chunks` of them at a time; call `check` first."""
+        constraint = self._constraint(prompts, spec, exclude)
+        parts = []
+        for chunk in chunks:
+            some = prompts[chunk]
+            parts.append(
+                decode(
+                    backend,
+                    constraint,
+                    prompts=[prompt.token_ids for prompt in some],
+                    prompt_id_P=np.array([prompt.prompt_id for prompt in some], np.int64),
+                    exclusions=[prompt.exclusions for prompt in some],
+                    spec=spec,
+                )
+            )
+        done = Completions(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
+        valid_PG: BoolArray = done.valid_PS.numpy()
+        item_PG: IntArray = done.item_PS.numpy().astype(np.int32)
+        finish = np.where(item_PG == NO_ITEM, Finish.LENGTH.value, Finish.ITEM.value)
+        return Groups(
+            prompt_id_P=np.array([prompt.prompt_id for prompt in prompts], np.int64),
+            valid_PG=valid_PG,
+            token_PGT=done.token_PST.numpy().astype(np.int32),
+            length_PG=done.length_PS.numpy().astype(np.int32),
+            item_PG=item_PG,
+            logp_PGT=done.logp_PST.numpy(),
+            finish_PG=np.where(valid_PG, finish, Finish.ABSENT.value),
+            weight_version_P=np.full(len(prompts), weight_version, np.int64),
+            engine_id_P=np.full(len(prompts), engine_id),
+            spec=spec,
+            constraint=constraint.spec,
+            catalogue_digest=self._digest,
+        )
+
+    def _constraint(self, prompts: Sequence[Prompt], spec: DecodeSpec, exclude: bool | None) -> Constraint[Any]:
+        if not spec.constrained:
+            return Unconstrained(
+                self._trie, vocabulary_size=self._vocabulary_size, max_tokens=self.completion_tokens(spec)
+            )
+        return TrieConstraint(self._trie, exclude=has_exclusions(prompts) if exclude is None else exclude)
+
+
+def has_exclusions(prompts: Sequence[Prompt]) -> bool:
+    """Whether any prompt of a request names items it may not get; decided once for all shards of the request."""
+    return any(len(prompt.exclusions) for prompt in prompts)

@@ -1,0 +1,186 @@
+"""The reference engine: the decoding loop on plain transformers, without vLLM, Ray or DeepSpeed.
+
+Prompts are computed one at a time, so that a completion cannot depend on its batch. The completions of a prompt share
+its key-value cache as branches of one tree: each level appends its rows to the cache, and a mask lets a row see the
+prompt and its own ancestors only, so nothing is copied or reordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
+from rollout.group_decoder import GroupDecoder
+from rollout.settings import RolloutSettings
+
+
+@dataclass
+class _Tree:
+    """One prompt and the tokens generated after it."""
+
+    cache: Any
+    prompt_length: int
+    depth: int
+    ancestor_NX: Tensor
+    """bool `[N, X]`: which of the X generated positions each row of the last level sees, itself included."""
+
+
+class ReferenceBackend:
+    """`rollout.decoding.Backend` on a transformers causal language model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._dtype = next(model.parameters()).dtype
+        self._trees: list[_Tree] = []
+        self._tree_N = torch.empty(0, dtype=torch.long)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
+        """Logits `[P, V]` after each prompt; the limits do not matter here, memory grows as needed."""
+        from transformers import DynamicCache
+
+        logits = []
+        for prompt in prompts:
+            cache = DynamicCache(config=self._model.config)
+            ids = torch.as_tensor(prompt, dtype=torch.long, device=self._device)[None]
+            logits.append(self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0])
+            self._trees.append(
+                _Tree(
+                    cache=cache,
+                    prompt_length=len(prompt),
+                    depth=0,
+                    ancestor_NX=torch.zeros((1, 0), dtype=torch.bool, device=self._device),
+                )
+            )
+        self._tree_N = torch.arange(len(prompts), device=self._device)
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def extend(self, parent_N: Tensor, token_N: Tensor) -> Tensor:
+        """Logits `[N, V]` of the rows continued by one token each."""
+        tree_N = self._tree_N[parent_N]
+        first_row_P = torch.searchsorted(self._tree_N, torch.arange(len(self._trees), device=self._device))
+        logits_NV: Tensor | None = None
+        for index, tree in enumerate(self._trees):
+            mine_M = (tree_N == index).nonzero()[:, 0]
+            if not len(mine_M):
+                continue
+            logits_MV = self._extend_tree(tree, parent_N[mine_M] - first_row_P[index], token_N[mine_M])
+            if logits_NV is None:
+                logits_NV = logits_MV.new_empty((len(parent_N), logits_MV.shape[1]))
+            logits_NV[mine_M] = logits_MV
+        if logits_NV is None:
+            raise ValueError("no rows to extend")
+        # A tree without rows keeps none; the row numbers of the others stay those of the caller.
+        if bool((tree_N[1:] < tree_N[:-1]).any()):
+            raise ValueError("rows must stay grouped by prompt")
+        self._tree_N = tree_N
+        return logits_NV
+
+    def _extend_tree(self, tree: _Tree, parent_M: Tensor, token_M: Tensor) -> Tensor:
+        rows = len(token_M)
+        itself_MM = torch.eye(rows, dtype=torch.bool, device=self._device)
+        tree.ancestor_NX = torch.cat([tree.ancestor_NX[parent_M], itself_MM], 1)
+        sees_MX = torch.cat(
+            [torch.ones((rows, tree.prompt_length), dtype=torch.bool, device=self._device), tree.ancestor_NX], 1
+        )
+        hidden = torch.finfo(self._dtype).min
+        mask_11MX = torch.zeros(sees_MX.shape, dtype=self._dtype, device=self._device).masked_fill(~sees_MX, hidden)
+        position = torch.full((1, rows), tree.prompt_length + tree.depth, device=self._device)
+        tree.depth += 1
+        out = self._model(
+            input_ids=token_M[None],
+            position_ids=position,
+            attention_mask=mask_11MX[None, None],
+            past_key_values=tree.cache,
+            use_cache=True,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def release(self) -> None:
+        """Drop the caches."""
+        self._trees = []
+        self._tree_N = torch.empty(0, dtype=torch.long, device=self._device)
+
+
+class ReferenceEngine:
+    """`rollout.engine.Engine` on plain transformers."""
+
+    def __init__(
+        self, settings: RolloutSettings, hf_dir: Path, *, engine_id: str = "reference-0", device: str = "cpu"
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation="sdpa"
+        )
+        self.model: torch.nn.Module = model.eval().to(device)
+        self.engine_id = engine_id
+        self.weight_version = 0
+        self._device = torch.device(device)
+        self._backend = ReferenceBackend(self.model)
+        config = self.model.config
+        self._decoder = GroupDecoder.load(
+            hf_dir,
+            self._device,
+            settings,
+            vocabulary_size=config.vocab_size,
+            model_limit=config.max_position_embeddings,
+        )
+
+    def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
+        """Completions of the prompts; see `rollout.engine.Engine.generate`."""
+        self._decoder.check(prompts, spec)
+        return self._decoder.generate(
+            self._backend,
+            [slice(row, row + 1) for row in range(len(prompts))],
+            prompts,
+            spec,
+            exclude=exclude,
+            weight_version=self.weight_version,
+            engine_id=self.engine_id,
+        )
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probabilities of each completion token at temperature 1, float32."""
+        scores = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tokens = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).to(self._device)
+            logits_TV = self._model_logits(tokens, len(completion))
+            logp_TV = logits_TV.float().log_softmax(-1)
+            scores.append(logp_TV.gather(1, tokens[len(prompt) :, None])[:, 0].cpu().numpy())
+        return scores
+
+    def _model_logits(self, tokens: Tensor, last: int) -> Tensor:
+        """Logits that predict the `last` last tokens, `[last, V]`."""
+        logits: Tensor = self.model(input_ids=tokens[None], use_cache=False, logits_to_keep=last + 1).logits[0, :-1]
+        return logits
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Replace the named parameters (names of the transformers model); a tied head follows its embedding.
+
+        Raises:
+            ValueError: a name or a shape the model does not have.
+        """
+        parameters = self.model.state_dict(keep_vars=True)
+        for name, tensor in tensors:
+            target = parameters.get(name)
+            if target is None or target.shape != tensor.shape:
+                found = "no such parameter" if target is None else f"shape {tuple(target.shape)} in the engine"
+                raise ValueError(f"weight {name} of shape {tuple(tensor.shape)}: {found}")
+            target.copy_(tensor.to(target.device, target.dtype))
+        self.weight_version = version
+
+    def close(self) -> None:
+        """Nothing to free."""

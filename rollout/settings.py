@@ -1,0 +1,71 @@
+"""Section `rollout` of the configuration: which engine generates, how it decodes, and how much it may use."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data.errors import RequestError
+from data.records import Decode
+from data.settings import Settings
+
+
+class EngineKind(StrEnum):
+    """Which engine generates."""
+
+    VLLM = "vllm"
+    """vLLM with the beam loop inside its worker."""
+    REFERENCE = "reference"
+    """Plain transformers, one prompt at a time: for tests and for machines without vLLM."""
+
+
+class EngineDtype(StrEnum):
+    """Type of the engine's weights and activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class RolloutSettings(Settings):
+    """The rollout fleet: engines, decoding, memory, deadlines."""
+
+    engine: EngineKind = EngineKind.VLLM
+    """`vllm`, or `reference` (plain transformers, slower, needs no vLLM)."""
+    engines: int = Field(1, ge=1, le=4096)
+    """Engine processes; each holds a copy of the model."""
+    dtype: EngineDtype = EngineDtype.BFLOAT16
+    """Type of weights and activations in the engine: float32 or bfloat16."""
+    decode: Decode = Decode.BEAM
+    """`beam` (the most probable completions) or `sample` (independent draws)."""
+    width: int = Field(16, ge=1, le=1024)
+    """Group size: beams or samples per prompt."""
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Divides the logits before the softmax over the legal continuations."""
+    shard_size: int = Field(32, ge=1)
+    """Prompts an engine is handed at once; the free engine takes the next shard."""
+    prompts_per_forward: int = Field(16, ge=1)
+    """Most prompts computed in one forward pass; fewer where the KV cache or `tokens_per_forward` demands it."""
+    tokens_per_forward: int = Field(8192, ge=32)
+    """Most prompt tokens computed in one forward pass; a single longer prompt still goes alone."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt plus completion, in tokens; none takes the model's own limit."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """Memory of the KV cache per engine, in GiB (vllm only)."""
+    block_size: int = Field(32, ge=16, multiple_of=16)
+    """Tokens per block of the KV cache; on CPU a multiple of 32."""
+    threads: int = Field(1, ge=1)
+    """Computing threads per engine (CPU)."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per engine: 0 on CPU; below 1 shares a GPU between engines."""
+    start_deadline_s: float = Field(300.0, gt=0)
+    """Seconds an engine may take to come up."""
+    deadline_s: float = Field(300.0, gt=0)
+    """Seconds a shard may take before the engine counts as lost."""
+
+    @model_validator(mode="after")
+    def _decode_is_implemented(self) -> Self:
+        if self.decode not in (Decode.BEAM, Decode.SAMPLE):
+            raise RequestError("rollout.decode", self.decode.value, "beam, sample")
+        return self
