@@ -42,7 +42,7 @@ class RewardSettings(Settings):
     ranker_score: float = Field(0.0, ge=-1000, le=1000)
     """Weight of the ranker's score of the item. With 0 a ranker that is set is still asked, for the metrics."""
     ranker: str | None = None
-    """Ranker: an artefact folder written by `windlass train`, a .onnx file, or `package.module:Class`; none: no service."""
+    """An artefact folder written by `windlass train`, a .onnx file, or `package.module:Class`; none: no service."""
     ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Keyword arguments for a ranker class or an .onnx file."""
     ranker_transform: RankerTransform = RankerTransform.RAW

@@ -52,8 +52,8 @@ class SASRecSettings(Settings):
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             low = self.width // self.heads * self.heads
-            near = [n for n in (low, low + self.heads) if n]
-            raise RequestError("ranker.sasrec.width", self.width, f"{' or '.join(map(str, near))} (a multiple of heads)")
+            near = " or ".join(str(width) for width in (low, low + self.heads) if width)
+            raise RequestError("ranker.sasrec.width", self.width, f"{near} (a multiple of ranker.sasrec.heads)")
         return self
 
 

@@ -1,0 +1,100 @@
+"""Bootstrap intervals of means and of paired differences of means.
+
+Percentile bootstrap. With `cluster_N` (a user id per row) whole users are resampled with all their rows, because the
+rows of one user are not independent. Random numbers depend on the seed, the number of clusters and of resamples only,
+so the interval of a difference uses the same resamples for both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import RequestError
+
+DoubleArray = npt.NDArray[np.float64]
+BLOCK = 4_000_000
+"""Resampled clusters that are held at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate with its percentile interval."""
+
+    mean: float
+    low: float
+    high: float
+    share_above_zero: float
+    """Share of the resamples in which the estimate is above zero."""
+    n: int
+    clusters: int
+
+    def record(self) -> dict[str, float]:
+        """Plain values for JSON."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "share_above_zero": self.share_above_zero}
+
+
+def bootstrap_mean(
+    value_N: npt.NDArray[np.floating],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    cluster_N: npt.NDArray[np.integer] | None = None,
+) -> Interval:
+    """Interval of the mean over rows.
+
+    Raises:
+        RequestError: no rows, or values that are not finite.
+    """
+    values = np.asarray(value_N, np.float64)
+    if len(values) == 0 or not np.isfinite(values).all():
+        raise RequestError(
+            "bootstrap", f"{len(values)} values, finite: {np.isfinite(values).all()}", "finite, 1 or more"
+        )
+    codes = np.arange(len(values)) if cluster_N is None else np.unique(cluster_N, return_inverse=True)[1]
+    clusters = int(codes.max()) + 1
+    sum_C = np.bincount(codes, weights=values, minlength=clusters).astype(np.float64)
+    size_C = np.bincount(codes, minlength=clusters).astype(np.float64)
+    mean_R = _resampled_means(sum_C, size_C, seed, resamples)
+    low, high = np.quantile(mean_R, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        mean=float(values.mean()),
+        low=float(low),
+        high=float(high),
+        share_above_zero=float((mean_R > 0).mean()),
+        n=len(values),
+        clusters=clusters,
+    )
+
+
+def paired_bootstrap(
+    value_N: npt.NDArray[np.floating],
+    other_N: npt.NDArray[np.floating],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    cluster_N: npt.NDArray[np.integer] | None = None,
+) -> Interval:
+    """Interval of mean(value - other), rows paired.
+
+    Raises:
+        RequestError: different numbers of rows, or as `bootstrap_mean`.
+    """
+    if np.shape(value_N) != np.shape(other_N):
+        raise RequestError("paired bootstrap", f"{np.shape(value_N)} and {np.shape(other_N)} rows", "the same rows")
+    difference = np.asarray(value_N, np.float64) - np.asarray(other_N, np.float64)
+    return bootstrap_mean(difference, seed=seed, resamples=resamples, level=level, cluster_N=cluster_N)
+
+
+def _resampled_means(sum_C: DoubleArray, size_C: DoubleArray, seed: int, resamples: int) -> DoubleArray:
+    random = np.random.default_rng([seed, len(sum_C)])
+    block = max(1, BLOCK // len(sum_C))
+    means = []
+    for first in range(0, resamples, block):
+        drawn_RC = random.integers(0, len(sum_C), size=(min(block, resamples - first), len(sum_C)))
+        means.append(sum_C[drawn_RC].sum(1) / size_C[drawn_RC].sum(1))
+    return np.concatenate(means)

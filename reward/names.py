@@ -1,0 +1,67 @@
+"""Metric names: the one file. Parts that may not import it write the same strings, and the report reads them here.
+
+Ranking metrics at a cut-off are `NAME@K`; step metrics are `group/name`. A reason (a `StrEnum`) becomes a metric by
+`count_by_reason`. Groups `time/`, `perf/` and `system/` hold what may differ between equal runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RankingMetric(StrEnum):
+    """Metrics of ranked lists, at a cut-off K. Definitions: `reward.metrics` (methods.md section 7)."""
+
+    HR = "hr"
+    """Share of rows with a hit among the first K."""
+    NDCG = "ndcg"
+    """Normalised discounted cumulative gain, binary gains."""
+    RECALL = "recall"
+    """Share of the row's positives among the first K; equals hr with one target."""
+    MRR = "mrr"
+    """1 / rank of the first hit, 0 beyond K."""
+    COVERAGE = "coverage"
+    """Share of the catalogue in the union of all first K."""
+    NOVELTY = "novelty"
+    """Share of the tail items in the union of all first K (NCV)."""
+    INVALID = "invalid"
+    """Share of the generated outputs among the first K that are no catalogue item."""
+
+
+PER_ROW = (RankingMetric.HR, RankingMetric.NDCG, RankingMetric.RECALL, RankingMetric.MRR)
+"""Metrics that are means over rows, so that intervals can be computed."""
+
+
+class StepMetric(StrEnum):
+    """Metrics of the reward side of a training step."""
+
+    REWARD_MEAN = "reward/mean"
+    """Mean reward over the valid completions of scored groups."""
+    REWARD_STD = "reward/std"
+    """Mean over scored groups of the standard deviation within the group."""
+    REWARD_HIT = "reward/hit"
+    """Share of scored groups that contain the ground truth item."""
+    REWARD_LIVE = "reward/live_groups"
+    """Share of scored groups whose rewards differ, so that they carry gradient."""
+    REWARD_FAILED = "reward/failed_share"
+    """Share of groups without a reward."""
+    REWARD_PART = "reward/part"
+    """Prefix of the mean of each source, unweighted: reward/part/item_match."""
+    REWARD_FAIL = "reward_fail"
+    """Prefix of the failed groups by reason: reward_fail/timeout."""
+    REWARD_REQUESTS = "reward/requests"
+    """Calls of the reward service since the start, attempts included."""
+
+
+def at(metric: RankingMetric | str, k: int) -> str:
+    """The name of a metric at a cut-off: `at("ndcg", 10)` is "ndcg@10"."""
+    return f"{RankingMetric(metric).value}@{k}"
+
+
+def count_by_reason(prefix: str, reasons: Iterable[StrEnum], found: npt.NDArray[np.str_]) -> dict[str, float]:
+    """`PREFIX/REASON` → number of times; every reason but the empty one, so that zeros are visible."""
+    return {f"{prefix}/{reason.value}": float((found == reason.value).sum()) for reason in reasons if reason.value}

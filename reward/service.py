@@ -1,0 +1,175 @@
+"""The reward service on Ray Serve: bring-up on a free port, the client, shutdown.
+
+One deployment scores and speaks HTTP. A replica whose ranker hangs or whose process dies is replaced by Serve; callers
+see a reason and try again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+from data.errors import RequestError, RunError
+from reward.client import HandleAttempt, HttpAttempt, RewardClient
+from reward.ranker import check_ranker
+from reward.replica import ReplicaOptions, RewardReplica
+from reward.settings import RewardSettings, Transport, is_loopback
+
+NAME = "windlass-reward"
+
+
+def bearer_token(settings: RewardSettings) -> str | None:
+    """The token from the environment variable `token_env`, None when it is unset or empty."""
+    return os.environ.get(settings.token_env, "").strip() or None
+
+
+def require_token(host: str, settings: RewardSettings) -> str | None:
+    """The token, which may be missing on a loopback address only.
+
+    Raises:
+        RequestError: another address without a token.
+    """
+    token = bearer_token(settings)
+    if token is None and not is_loopback(host):
+        raise RequestError(
+            "reward.host",
+            host,
+            f"127.0.0.1, ::1 or localhost, or a bearer token in the environment variable {settings.token_env}",
+        )
+    return token
+
+
+class RewardService:
+    """A running reward service, started here or elsewhere."""
+
+    def __init__(
+        self, settings: RewardSettings, *, address: str, handle: Any, app_name: str | None, owned: bool
+    ) -> None:
+        self.settings = settings
+        self.address = address
+        """Base URL, e.g. http://127.0.0.1:41234."""
+        self._handle = handle
+        self._app_name = app_name
+        self._owned = owned
+
+    @classmethod
+    def start(cls, settings: RewardSettings) -> RewardService:
+        """Start the application in the connected Ray cluster and wait until it scores.
+
+        With `settings.url` nothing is started: the service there is used. Where Ray Serve already runs in the cluster,
+        its address is used and the application gets a path of its own.
+
+        Raises:
+            RequestError: no ranker, a ranker that cannot be loaded, an address without the token, a port in use.
+            RunError: the application did not come up.
+        """
+        if settings.url is not None:
+            return cls(settings, address=settings.url, handle=None, app_name=None, owned=False)
+        if settings.ranker is None:
+            raise RequestError("reward.ranker", "none", "a ranker: the service has nothing to score with")
+        token = require_token(settings.host, settings)
+        check_ranker(settings.ranker, settings.ranker_options)
+
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        running = _serve_address()
+        if running is None:
+            host, port = settings.host, settings.port or free_port(settings.host)
+            check_port(host, port)
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+        else:
+            host, port = running
+            token = require_token(host, settings)
+        owned = running is None
+        app_name = NAME if owned else f"{NAME}-{uuid.uuid4().hex[:8]}"
+        prefix = "/" if owned else f"/{app_name}"
+        options = ReplicaOptions(
+            ranker=_absolute(settings.ranker),
+            ranker_options=settings.ranker_options,
+            chunk=settings.chunk,
+            threads=settings.threads,
+            deadline_s=settings.deadline_s,
+            max_body_bytes=int(settings.max_body_mib * 2**20),
+            token=token,
+        )
+        deployment = serve.deployment(
+            serve.ingress()(RewardReplica),
+            name="RewardReplica",
+            num_replicas=settings.replicas,
+            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+            max_ongoing_requests=64,
+            health_check_period_s=2.0,
+            health_check_timeout_s=10.0,
+            graceful_shutdown_timeout_s=1.0,
+            graceful_shutdown_wait_loop_s=0.2,
+            max_constructor_retry_count=2,
+            logging_config=quiet,
+        )
+        try:
+            handle = serve.run(deployment.bind(options), name=app_name, route_prefix=prefix, logging_config=quiet)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            service = cls(settings, address="", handle=None, app_name=app_name, owned=owned)
+            service.close()
+            raise RunError(f"the reward service did not start: {reason}") from error
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{port}{prefix.rstrip('/')}"
+        return cls(settings, address=address, handle=handle, app_name=app_name, owned=owned)
+
+    def client(self) -> RewardClient:
+        """A client with the configured transport; a service elsewhere is always called over HTTP."""
+        if self._handle is not None and self.settings.transport is Transport.HANDLE:
+            return RewardClient(HandleAttempt(self._handle), self.settings)
+        return RewardClient(HttpAttempt(self.address, bearer_token(self.settings)), self.settings)
+
+    def close(self) -> None:
+        """Stop what was started here: the application, and Serve when this started it."""
+        if self._app_name is None:
+            return
+        from ray import serve
+
+        if self._owned:
+            serve.shutdown()
+        else:
+            serve.delete(self._app_name)
+
+
+def free_port(host: str) -> int:
+    """A port that is free right now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on.
+
+    Raises:
+        RequestError: in use, not permitted, or not an address of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RequestError("reward.port", f"{host}:{port} ({error.strerror})", "a free port, or 0") from error
+
+
+def _absolute(ranker: str) -> str:
+    """A path made absolute (replicas run elsewhere); an import path as it is."""
+    return str(Path(ranker).resolve()) if Path(ranker).exists() else ranker
+
+
+def _serve_address() -> tuple[str, int] | None:
+    """Host and port of the Serve instance that runs in this cluster, None when none does."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    return str(client.http_config.host), int(client.http_config.port)
