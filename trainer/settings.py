@@ -1,0 +1,88 @@
+"""Settings of the learner: ranks, sharding, precision, packing, optimiser."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data.settings import Settings
+
+
+class Schedule(StrEnum):
+    """Course of the learning rate after the warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class Precision(StrEnum):
+    """Data type of the weights in the forward pass; the optimiser keeps float32 masters in both."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Device(StrEnum):
+    """Where the learner computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class LearnerSettings(Settings):
+    """The DeepSpeed learner."""
+
+    ranks: int = Field(1, ge=1)
+    """Learner processes; each is a Ray actor (one per GPU on CUDA)."""
+    zero_stage: int = Field(2, ge=0, le=3)
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser, 2 the gradients too, 3 the weights too."""
+    dtype: Precision = Precision.BFLOAT16
+    """Data type of the forward and backward pass, and of the exported weights."""
+    device: Device = Device.AUTO
+    """`auto` takes CUDA when the machine has it."""
+    row_tokens: int = Field(512, ge=16, multiple_of=16)
+    """Length of a packed row; attention costs grow with its square. The longest prompt with one completion must fit."""
+    token_budget: int = Field(4096, ge=16)
+    """Tokens of a micro-batch (rows times row_tokens); at least one row is taken."""
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps of linear warm-up."""
+    schedule: Schedule = Schedule.CONSTANT
+    """Course after the warm-up, over the total number of steps of the job."""
+    min_lr_share: float = Field(0.0, ge=0, le=1)
+    """The linear and the cosine schedule end at this share of the peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW weight decay of matrices; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW decay rates of the moments, each in [0, 1)."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per rank; 0 shares the machine's cores among the ranks."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Deadline of a collective between ranks, and of a call to the learner group."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas}; legal: two numbers in [0, 1)")
+        if self.token_budget < self.row_tokens:
+            raise ValueError(
+                f"token_budget: {self.token_budget} is below row_tokens {self.row_tokens}; "
+                f"legal: {self.row_tokens} or more"
+            )
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.token_budget // self.row_tokens
