@@ -148,8 +148,10 @@ def overview(group: str = "") -> str:
 
 def _call(name: str, command: Command, arguments: list[str]) -> int:
     from data.faults import check_fault_variable
+    from launch.user_path import append_user_path
 
     check_fault_variable()
+    append_user_path(os.getcwd())
     function = load(name, command)
     if command.own_arguments:
         return _finish(function(arguments), None)

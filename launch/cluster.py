@@ -1,0 +1,144 @@
+"""The Ray cluster of a run: our own packages on every worker, whatever folder the user starts from.
+
+Ray puts the driver's script folder and current folder in front of every worker's module path. Our packages have names
+as plain as `data` and `trainer`, so a user's folder with a `data/` of its own would win. Giving Ray a working
+directory that is ours (`launch/worker_directory`, empty but for a note) switches that off; a hook in every worker
+process then compares the digest of the packages it imports with the driver's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.errors import RequestError, RunError
+from data.faults import FAULT_VARIABLE
+from launch.provenance import ROOT, package_digest
+from launch.user_path import PACKAGES, append_user_path
+from trainer.run_settings import ClusterSettings
+
+DIGEST_VARIABLE = "WINDLASS_PACKAGE_DIGEST"
+UNCHECKED = "unchecked"
+"""Value of the variable that switches the check off, for those who edit the packages while a run is on."""
+USER_PATH_VARIABLE = "WINDLASS_USER_PATH"
+"""The driver's folder, which workers put last on their module path."""
+WORKING_DIRECTORY = Path(__file__).parent / "worker_directory"
+HOOK = "launch.cluster.check_packages"
+FEWEST_LOGICAL_CPUS = 8
+"""Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
+PASSED_ON = (FAULT_VARIABLE, "WINDLASS_REWARD_TOKEN", "DS_ACCELERATOR", "HF_HUB_OFFLINE")
+"""Variables of the driver that every worker gets, also on a cluster that was started elsewhere."""
+
+
+def check_packages() -> None:
+    """Runs in every worker process before its first task: are these the driver's packages?
+
+    Puts the user's folder last on the module path as well, so that a ranker of their own can be imported.
+
+    Raises:
+        RunError: they differ; one line says where they lie.
+    """
+    user_path = os.environ.get(USER_PATH_VARIABLE)
+    if user_path:
+        append_user_path(user_path)
+    expected = os.environ.get(DIGEST_VARIABLE)
+    if expected in (None, UNCHECKED):
+        return
+    assert expected is not None
+    found = package_digest()
+    if found != expected:
+        raise RunError(
+            f"the windlass packages in {ROOT} on {os.uname().nodename} have the digest {found[:12]}, the driver's have "
+            f"{expected[:12]}: install the same version on every node"
+        )
+
+
+def runtime_environment(extra: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What Ray gives every worker of a run."""
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    digest = UNCHECKED if os.environ.get(DIGEST_VARIABLE) == UNCHECKED else package_digest()
+    variables |= {DIGEST_VARIABLE: digest, USER_PATH_VARIABLE: os.getcwd(), **(extra or {})}
+    return {
+        "working_dir": str(WORKING_DIRECTORY),
+        "worker_process_setup_hook": HOOK,
+        "env_vars": variables,
+    }
+
+
+@contextmanager
+def cluster(
+    settings: ClusterSettings, *, environment: Mapping[str, str] | None = None, quiet: bool = True
+) -> Iterator[None]:
+    """Start Ray on this machine, or connect to a running cluster, and leave it at the end.
+
+    `environment` is added to every worker's. A cluster started here keeps Ray's default for token authentication
+    (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
+
+    Raises:
+        RequestError: there is no cluster at `cluster.address`.
+        RunError: a worker's packages are not the driver's.
+    """
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        raise RuntimeError("Ray is already running in this process")
+    # The hook's module must be importable on workers, which have our installation but not our path.
+    _refuse_shadowed_packages()
+    arguments: dict[str, Any] = {
+        "runtime_env": runtime_environment(environment),
+        "namespace": "windlass",
+        "log_to_driver": not quiet,
+        "logging_level": logging.ERROR if quiet else logging.INFO,
+    }
+    if settings.address is None:
+        arguments |= {
+            "address": "local",
+            "num_cpus": settings.num_cpus or max(FEWEST_LOGICAL_CPUS, os.cpu_count() or 1),
+            "object_store_memory": settings.object_store_mib * 2**20,
+            "include_dashboard": False,
+        }
+    else:
+        arguments["address"] = settings.address
+    try:
+        ray.init(**arguments)
+    except ConnectionError as error:
+        raise RequestError(
+            "cluster.address", settings.address, f"the address of a running Ray cluster ({error})"
+        ) from error
+    try:
+        _try_a_worker()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _try_a_worker() -> None:
+    """Let one worker run the hook, so that wrong packages are one clear line before any actor is started."""
+    import ray
+
+    probe = ray.remote(num_cpus=0, max_retries=0)(check_packages)
+    try:
+        ray.get(probe.remote())
+    except ray.exceptions.WorkerCrashedError as error:
+        raise RunError(
+            f"a Ray worker refused to start: its windlass packages have not the driver's digest "
+            f"({package_digest()[:12]}). Install the same version on every node; do not edit them while a run "
+            f"is on, or set {DIGEST_VARIABLE}={UNCHECKED}"
+        ) from error
+
+
+def _refuse_shadowed_packages() -> None:
+    """Refuse to start when this very process imported somebody else's package by one of our names."""
+    for name in PACKAGES:
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).resolve().parent != ROOT / name:
+            raise RequestError(
+                f"package {name}", f"imported from {file}", f"{ROOT / name}; start windlass, not python, in this folder"
+            )

@@ -1,0 +1,193 @@
+"""`windlass report`: one HTML file with a run's tables and curves, readable without a server or a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data.errors import RequestError
+from launch.run_directory import read_json
+from trainer.durable import write_text
+from trainer.run_log import METRICS, read_metrics
+
+TEMPLATES = Path(__file__).parent / "templates"
+SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
+SMALLER_IS_BETTER = r"invalid.*"
+
+
+def report_command(run: Annotated[Path, tyro.conf.Positional], /, output: Path | None = None) -> None:
+    """Write report.html of a run.
+
+    Args:
+        run: run folder.
+        output: file to write; none means RUN/report.html.
+    """
+    target = output or run / "report.html"
+    write_report(run, target)
+    print(target)
+
+
+def write_report(run: Path, target: Path) -> None:
+    """Write the report of a run folder.
+
+    Raises:
+        RequestError: the folder has neither metrics.jsonl nor summary.json, or one is damaged.
+    """
+    text = render(run)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+
+
+def render(run: Path) -> str:
+    """The report as HTML text."""
+    import jinja2
+
+    has_metrics, has_summary = (run / METRICS).is_file(), (run / "summary.json").is_file()
+    if not has_metrics and not has_summary:
+        raise RequestError("run", f"{run} has neither {METRICS} nor summary.json", "a run directory")
+    steps = read_metrics(run / METRICS) if has_metrics else []
+    summary = read_json(run / "summary.json") if has_summary else {}
+    stages = summary.get("stages") or {}
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "report.html.j2"
+    )
+    config = run / "config.yaml"
+    return template.render(
+        title=f"windlass: {run.resolve().name}",
+        subtitle=_subtitle(run, steps),
+        facts=facts(summary),
+        stages=stage_table(stages) if stages else None,
+        comparisons=comparison_rows(summary.get("comparisons") or {}),
+        plots=plots(steps, stages),
+        last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def _subtitle(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
+    words = [f"{len(steps)} steps"] if steps else []
+    environment = run / "environment.json"
+    if environment.is_file():
+        entries = json.loads(environment.read_text(encoding="utf-8"))
+        entry = entries[-1] if isinstance(entries, list) and entries else entries or {}
+        commit = entry.get("commit")
+        words += [f"commit {str(commit)[:10]}{' with changes' if entry.get('dirty') else ''}"] if commit else []
+        machine = entry.get("hardware") or {}
+        words += [f"{machine['cores']} cores, {machine['processor']}"] if machine.get("processor") else []
+        words += list(machine.get("cards") or [])
+    return " · ".join(words)
+
+
+def facts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The summary's values outside the stages, flat, with a warning on the ones a reader must not miss."""
+    shown: list[dict[str, Any]] = []
+    for name, value in flat({k: v for k, v in summary.items() if k not in ("stages", "comparisons", "format")}):
+        warn = (name == "interrupted" and value is True) or (name.endswith("violations") and bool(value))
+        shown.append({"name": name.replace("_", " "), "value": _text(value), "warn": warn})
+    return shown
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(name, value) pairs of a nested mapping, names joined by a slash."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            pairs += flat(value, f"{prefix}{name}/")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        numbers = [v for v in value if isinstance(v, int)]
+        if len(numbers) == len(value) > 6:
+            return f"{value[0]} … {value[-1]} ({len(value)})"
+        return ", ".join(map(_text, value))
+    return str(value)
+
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Columns and rows of the stage table, the best value of each column marked."""
+    values = {name: dict(flat({k: v for k, v in s.items() if k != "ci95"})) for name, s in stages.items()}
+    columns = [c for c in dict.fromkeys(c for row in values.values() for c in row) if re.fullmatch(SHOWN_COLUMNS, c)]
+    columns.sort(key=_column_order)
+    best: dict[str, float] = {}
+    for column in columns:
+        numbers = [float(row[column]) for row in values.values() if isinstance(row.get(column), int | float)]
+        if numbers and column != "n" and len(set(numbers)) > 1:
+            best[column] = min(numbers) if re.fullmatch(SMALLER_IS_BETTER, column) else max(numbers)
+    rows = []
+    for name, row in values.items():
+        intervals = stages[name].get("ci95") or {}
+        cells = []
+        for column in columns:
+            value = row.get(column)
+            span = intervals.get(column)
+            cells.append(
+                {
+                    "text": f"{value:.4f}" if isinstance(value, float) else _text(value),
+                    "interval": f"{span[0]:.4f} – {span[1]:.4f}" if span else "",
+                    "best": value is not None and column in best and value == best[column],
+                }
+            )
+        rows.append({"name": name, "cells": cells})
+    return {"columns": columns, "rows": rows}
+
+
+def _column_order(column: str) -> tuple[int, int, str]:
+    families = ("n", "hr", "ndcg", "recall", "mrr", "coverage", "novelty", "invalid")
+    family = re.split(r"[@/]", column)[0]
+    cutoff = re.search(r"@(\d+)", column)
+    return families.index(family), int(cutoff[1]) if cutoff else 0, column
+
+
+def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `{"rl - sft": {"ndcg@10": {"mean", "low", "high"}}}`."""
+    rows = []
+    for name, metrics in comparisons.items():
+        for metric, d in metrics.items():
+            if isinstance(d, Mapping) and {"mean", "low", "high"} <= set(d):
+                rows.append(
+                    {
+                        "name": name,
+                        "metric": metric,
+                        "mean": f"{d['mean']:+.4f}",
+                        "interval": f"[{d['low']:+.4f}, {d['high']:+.4f}]",
+                        "clear": not d["low"] <= 0 <= d["high"],
+                    }
+                )
+    return rows
+
+
+def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The plots that the run has data for."""
+    from launch import report_plots as draw
+
+    evaluated = draw.names(steps, r"(?:.*/)?(?:hr|ndcg)@\d+")
+    candidates = [
+        ("HR by K", draw.by_cutoff(stages, "hr")),
+        ("NDCG by K", draw.by_cutoff(stages, "ndcg")),
+        ("Reward", draw.lines(steps, draw.names(steps, r"reward/(mean|std|hit)"), ylabel="reward")),
+        ("Loss", draw.lines(steps, draw.names(steps, r"(?:.*/)?(?:loss|nll)"), ylabel="loss")),
+        ("NDCG while training", draw.lines(steps, [n for n in evaluated if "ndcg" in n], ylabel="NDCG@K")),
+        ("HR while training", draw.lines(steps, [n for n in evaluated if "hr@" in n], ylabel="HR@K")),
+        (
+            "Policy gap: engine against learner",
+            draw.lines(steps, draw.names(steps, r"policy_gap/.+|policy_gap"), ylabel="|Δ log p| per token", log=True),
+        ),
+        ("Legal mass", draw.lines(steps, draw.names(steps, r"(?:.*/)?legal_mass(?:/.*)?"), ylabel="probability")),
+        ("KL and entropy", draw.lines(steps, draw.names(steps, r"(?:.*/)?(?:kl|entropy)(?:/.*)?"), ylabel="nats")),
+        ("Time per phase", draw.stacked_time(steps)),
+    ]
+    return [{"title": title, "svg": svg} for title, svg in candidates if svg is not None]

@@ -1,0 +1,130 @@
+"""The plots of a run's report, as SVG text. Each takes the steps of metrics.jsonl or the stages of summary.json."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+"""Okabe and Ito's colours: told apart with every kind of colour vision."""
+STYLE = {
+    "svg.hashsalt": "windlass",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+Steps = Sequence[Mapping[str, Any]]
+
+
+def series(steps: Steps, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric where it is a number."""
+    found = [(int(s["step"]), float(s[name])) for s in steps if _is_number(s.get(name))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def names(steps: Steps, pattern: str) -> list[str]:
+    """Metrics whose whole name matches, in order of appearance."""
+    seen = dict.fromkeys(name for s in steps for name, value in s.items() if _is_number(value))
+    return [name for name in seen if re.fullmatch(pattern, name)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def lines(steps: Steps, metric_names: Sequence[str], *, ylabel: str, log: bool = False) -> str | None:
+    """A line per metric over the steps; none when there is nothing to draw."""
+    drawn = [(name, *series(steps, name)) for name in metric_names]
+    drawn = [d for d in drawn if d[1]]
+    if not drawn:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for name, x, y in drawn:
+            axes.plot(x, y, label=name, marker="o" if len(x) < 40 else None, markersize=2.5, linewidth=1.4)
+        if log and all(value > 0 for _, _, y in drawn for value in y):
+            axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        axes.legend(ncols=2 if len(drawn) > 4 else 1)
+
+    return _svg(draw)
+
+
+def stacked_time(steps: Steps) -> str | None:
+    """Seconds per phase, stacked over the steps; `time/step` and `time/total` contain the others and stay out."""
+    phases = [name for name in names(steps, r"time/.+") if name not in ("time/step", "time/total", "time/elapsed")]
+    rows = [s for s in steps if any(_is_number(s.get(name)) for name in phases)]
+    if not rows:
+        return None
+
+    def draw(axes: Axes) -> None:
+        x = [int(s["step"]) for s in rows]
+        base = [0.0] * len(rows)
+        for name in phases:
+            y = [float(s[name]) if _is_number(s.get(name)) else 0.0 for s in rows]
+            axes.bar(x, y, bottom=base, width=1.0, label=name.removeprefix("time/"))
+            base = [b + v for b, v in zip(base, y, strict=True)]
+        axes.set_xlabel("step")
+        axes.set_ylabel("seconds")
+        axes.legend(ncols=2)
+
+    return _svg(draw)
+
+
+def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | None:
+    """A metric against K, one line per stage, with its intervals where the stage has them."""
+    pattern = re.compile(rf"{re.escape(metric)}@(\d+)")
+    drawn: list[tuple[str, list[int], list[float], list[tuple[float, float]]]] = []
+    for stage, values in stages.items():
+        found = sorted((int(m[1]), name) for name in values if (m := pattern.fullmatch(name)))
+        if found:
+            bounds = values.get("ci95") or {}
+            y = [float(values[name]) for _, name in found]
+            spans = [tuple(bounds.get(name, (v, v))) for (_, name), v in zip(found, y, strict=True)]
+            drawn.append((stage, [k for k, _ in found], y, [(float(s[0]), float(s[1])) for s in spans]))
+    if not drawn:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for stage, k, y, spans in drawn:
+            (line,) = axes.plot(k, y, label=stage, marker="o", markersize=3, linewidth=1.4)
+            if any(low < high for low, high in spans):
+                axes.fill_between(k, [s[0] for s in spans], [s[1] for s in spans], color=line.get_color(), alpha=0.12)
+        ticks = sorted({k for _, ks, _, _ in drawn for k in ks})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(k) for k in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("K")
+        axes.set_ylabel(f"{metric.upper()}@K")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=PALETTE)}):
+        figure, axes = plt.subplots(figsize=(5.6, 3.1), layout="constrained")
+        try:
+            draw(axes)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        finally:
+            plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
