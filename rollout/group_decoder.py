@@ -87,6 +87,26 @@ class GroupDecoder:
                     f"0 to {self._vocabulary_size - 1}",
                 )
 
+    def check_sequences(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> None:
+        """Refuse sequences that cannot be scored.
+
+        Raises:
+            RequestError: nothing to score, an empty part, too many tokens, or an unknown token.
+        """
+        if not len(prompts):
+            raise RequestError("sequences", "none", "at least one")
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            tokens = np.concatenate([prompt, completion])
+            if not len(prompt) or not len(completion) or len(tokens) > self.max_model_len:
+                raise RequestError(
+                    f"sequence {row}",
+                    f"{len(prompt)} + {len(completion)} tokens",
+                    f"at least 1 + 1, at most {self.max_model_len} together",
+                )
+            if tokens.min() < 0 or tokens.max() >= self._vocabulary_size:
+                raise RequestError(f"sequence {row}", "unknown token ids", f"0 to {self._vocabulary_size - 1}")
+
+    @torch.no_grad()
     def generate(
         self,
         backend: Backend,

@@ -7,7 +7,7 @@ prompt and its own ancestors only, so nothing is copied or reordered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout.group_decoder import GroupDecoder
-from rollout.settings import RolloutSettings
+from rollout.receiving import ModuleInbox, PushMessage, Receipt, ReceivingEngine
+from rollout.settings import EngineKind, RolloutSettings
 
 
 @dataclass
@@ -112,7 +113,7 @@ class ReferenceBackend:
         self._tree_N = torch.empty(0, dtype=torch.long, device=self._device)
 
 
-class ReferenceEngine:
+class ReferenceEngine(ReceivingEngine):
     """`rollout.engine.Engine` on plain transformers."""
 
     def __init__(
@@ -128,6 +129,7 @@ class ReferenceEngine:
         self.weight_version = 0
         self._device = torch.device(device)
         self._backend = ReferenceBackend(self.model)
+        self._inbox = ModuleInbox(self.model)
         config = self.model.config
         self._decoder = GroupDecoder.load(
             hf_dir,
@@ -139,6 +141,7 @@ class ReferenceEngine:
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
         """Completions of the prompts; see `rollout.engine.Engine.generate`."""
+        self.require_visible()
         self._decoder.check(prompts, spec)
         return self._decoder.generate(
             self._backend,
@@ -153,6 +156,7 @@ class ReferenceEngine:
     @torch.inference_mode()
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """Full-vocabulary log-probabilities of each completion token at temperature 1, float32."""
+        self._decoder.check_sequences(prompts, completions)
         scores = []
         for prompt, completion in zip(prompts, completions, strict=True):
             tokens = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).to(self._device)
@@ -166,21 +170,15 @@ class ReferenceEngine:
         logits: Tensor = self.model(input_ids=tokens[None], use_cache=False, logits_to_keep=last + 1).logits[0, :-1]
         return logits
 
-    @torch.no_grad()
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Replace the named parameters (names of the transformers model); a tied head follows its embedding.
+    def _take_push(self, message: PushMessage, rank: int) -> Receipt:
+        return self._inbox.receive(message, rank=rank)
 
-        Raises:
-            ValueError: a name or a shape the model does not have.
-        """
-        parameters = self.model.state_dict(keep_vars=True)
-        for name, tensor in tensors:
-            target = parameters.get(name)
-            if target is None or target.shape != tensor.shape:
-                found = "no such parameter" if target is None else f"shape {tuple(target.shape)} in the engine"
-                raise ValueError(f"weight {name} of shape {tuple(tensor.shape)}: {found}")
-            target.copy_(tensor.to(target.device, target.dtype))
-        self.weight_version = version
+    def describe(self) -> dict[str, str]:
+        """See `rollout.engine.Engine.describe`."""
+        import transformers
+
+        return {"name": EngineKind.REFERENCE.value, "version": transformers.__version__}
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Drop the connection of the weight channel."""
+        self._inbox.close()

@@ -1,0 +1,161 @@
+"""Engines: what a rollout engine is, and the one around vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from data.errors import RequestError
+from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
+from rollout import vllm_internals as internals
+from rollout.receiving import PushMessage, Receipt, ReceivingEngine
+from rollout.settings import EngineKind, RolloutSettings
+
+
+class Engine(Protocol):
+    """Generates completions under the constraints of its catalogue, and takes new weights."""
+
+    engine_id: str
+    weight_version: int
+
+    def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
+        """Complete every prompt `spec.width` times.
+
+        Args:
+            prompts: any number, of any length up to `rollout.max_model_len` less the completion.
+            spec: how to decode.
+            exclude: whether the constraint is the one with exclusions; by default, whether a prompt has any. A fleet
+                decides it for all shards of a request.
+
+        Raises:
+            RequestError: the prompts or the spec cannot be decoded; names which and what is legal.
+            RunError: the weights are broken or in transit, or the constraint has a dead end.
+        """
+        ...
+
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probabilities of each completion token at temperature 1, float32."""
+        ...
+
+    def receive_weights(self, message: PushMessage, rank: int) -> Receipt:
+        """Take one push; see `rollout.receiving.ReceivingEngine`."""
+        ...
+
+    def publish_weights(self, version: int) -> None:
+        """Make the pushed version visible."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Name and version of what generates, for reports."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class VllmEngine(ReceivingEngine):
+    """`Engine` around `vllm.LLM`, engine core and worker in this process, the beam loop inside the worker."""
+
+    def __init__(self, settings: RolloutSettings, hf_dir: Path, *, engine_id: str = "vllm-0") -> None:
+        """Start the engine: seconds for a small model.
+
+        Raises:
+            RequestError: a setting that the model cannot meet.
+        """
+        limit = _model_limit(Path(hf_dir))
+        longest = settings.max_model_len or limit
+        if longest > limit:
+            raise RequestError("rollout.max_model_len", longest, f"at most {limit}, the model's own limit")
+        os.environ.update(internals.environment(threads=settings.threads))
+        # vLLM's CPU worker forbids it afterwards.
+        torch.set_num_threads(settings.threads)
+        from vllm import LLM
+
+        from rollout.weight_transfer import BACKEND
+
+        most_rows = settings.prompts_per_forward * settings.width
+        self._llm: Any = LLM(
+            model=str(hf_dir),
+            dtype=settings.dtype.value,
+            max_model_len=longest,
+            max_num_seqs=most_rows,
+            max_num_batched_tokens=max(settings.tokens_per_forward, longest, most_rows),
+            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+            block_size=settings.block_size,
+            distributed_executor_backend="uni",
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            # Defaults of the model folder (temperature, top-k) must not leak into anything.
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            worker_extension_cls="rollout.worker.RolloutWorker",
+            weight_transfer_config={"backend": BACKEND},
+        )
+        self.engine_id = engine_id
+        self.weight_version = 0
+        self._rpc("windlass_open", str(hf_dir), settings)
+
+    def _rpc(self, method: str, *arguments: Any) -> Any:
+        return self._llm.collective_rpc(method, args=arguments)[0]
+
+    def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
+        """See `Engine.generate`."""
+        self.require_visible()
+        groups: Groups = self._rpc(
+            "windlass_generate", list(prompts), spec, exclude, self.weight_version, self.engine_id
+        )
+        return groups
+
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
+        """See `Engine.score`."""
+        scores: list[FloatArray] = self._rpc("windlass_score", list(prompts), list(completions))
+        return scores
+
+    def _take_push(self, message: PushMessage, rank: int) -> Receipt:
+        from rollout.weight_transfer import take_push
+
+        return take_push(self._llm, message, rank)
+
+    def describe(self) -> dict[str, str]:
+        """See `Engine.describe`."""
+        import vllm
+
+        return {"name": EngineKind.VLLM.value, "version": vllm.__version__}
+
+    def close(self) -> None:
+        """Shut the engine core down."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def engine_class(settings: RolloutSettings) -> type[Any]:
+    """The class of `settings.engine`; constructed with (settings, hf_dir, engine_id=…)."""
+    if settings.engine is EngineKind.VLLM:
+        return VllmEngine
+    from rollout.reference_engine import ReferenceEngine
+
+    return ReferenceEngine
+
+
+def build_engine(settings: RolloutSettings, hf_dir: Path, *, engine_id: str = "engine-0") -> Engine:
+    """An engine in this process, with the model and catalogue of `hf_dir`, at weight version 0."""
+    engine: Engine = engine_class(settings)(settings, Path(hf_dir), engine_id=engine_id)
+    return engine
+
+
+def _model_limit(hf_dir: Path) -> int:
+    """Longest sequence the model was made for.
+
+    Raises:
+        RequestError: no model there.
+    """
+    path = hf_dir / "config.json"
+    if not path.is_file():
+        raise RequestError(str(hf_dir), "no config.json", "a folder with a Hugging Face model")
+    return int(json.loads(path.read_text())["max_position_embeddings"])

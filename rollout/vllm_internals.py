@@ -1,0 +1,226 @@
+"""Every name of vLLM's internals that windlass touches, and nothing else of vLLM is touched.
+
+vLLM promises none of these, so they are listed (`NAMES`), checked by a test and by `windlass doctor`, and used through
+the functions below only. On a new vLLM version this is the file to read first.
+
+`vllm` is imported inside the functions: the module itself imports without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.paging import CacheShape, Placement
+
+VLLM_VERSION = "0.32.0"
+"""The version that was read and measured."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "vllm.LLM": ("collective_rpc", "reset_prefix_cache"),
+    "vllm.config.VllmConfig": ("model_config", "compilation_config", "cache_config"),
+    "vllm.config.ModelConfig": ("get_vocab_size", "max_model_len"),
+    "vllm.forward_context.set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+    "vllm.v1.attention.backend.CommonAttentionMetadata": (
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+    ),
+    "vllm.v1.attention.backend.AttentionMetadataBuilder": ("build",),
+    "vllm.v1.worker.utils.AttentionGroup": ("layer_names", "get_metadata_builder"),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("load_model",),
+    # The rest is for the weight channel (rollout.weight_transfer).
+    "vllm.v1.worker.gpu_worker.Worker": ("start_weight_update", "update_weights", "finish_weight_update"),
+    "vllm.distributed.weight_transfer.base.WeightTransferEngine": ("receive_weights", "shutdown"),
+    "vllm.distributed.weight_transfer.base.WeightTransferInitInfo": (),
+    "vllm.distributed.weight_transfer.base.WeightTransferUpdateInfo": (),
+    "vllm.distributed.weight_transfer.factory.WeightTransferEngineFactory": ("register_engine", "_registry"),
+    "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": (),
+    "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": (),
+    "vllm.model_executor.layers.quantization.base_config.QuantizeMethodBase": ("process_weights_after_loading",),
+}
+"""Importable name, and its attributes, dataclass fields or parameters that we rely on."""
+
+ENVIRONMENT = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_CPU_OMP_THREADS_BIND")
+"""Environment variables of vLLM that the beam loop needs to be honoured."""
+RUNNER_ATTRIBUTES = ("attn_groups", "vllm_config", "model", "device")
+"""Attributes of a live model runner (set in its constructor, so only a live one shows them)."""
+LAYER_ATTRIBUTES = ("kv_cache",)
+"""Attributes of a live attention layer, found through `compilation_config.static_forward_context`."""
+
+
+def missing_names() -> list[str]:
+    """The names of `NAMES` and `ENVIRONMENT` that the installed vLLM does not have."""
+    missing = []
+    for path, parts in NAMES.items():
+        module_name, _, name = path.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name), name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+            continue
+        missing += [f"{path}: {part}" for part in parts if part not in _parts(found)]
+    variables = importlib.import_module("vllm.envs").environment_variables
+    return missing + [f"vllm.envs: {name}" for name in ENVIRONMENT if name not in variables]
+
+
+def _parts(found: Any) -> set[str]:
+    """Attributes and fields of a class, parameters of a function."""
+    if not inspect.isclass(found):
+        return set(inspect.signature(found).parameters)
+    return {name for base in found.__mro__ for name in (*vars(base), *inspect.get_annotations(base))}
+
+
+def environment(*, threads: int) -> dict[str, str]:
+    """Environment of a process that holds an engine; takes effect when set before torch and vllm are imported."""
+    return {
+        # The engine core in our process, beside the worker: up in seconds, and calls pass objects, not bytes.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The second runner has other internals than those listed here.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Learners, engines and rankers share the cores: a thread that waits must not spin.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+@dataclass(frozen=True)
+class RunnerView:
+    """What the beam loop needs of a model runner with one group of full-attention layers."""
+
+    runner: Any
+    layer_names: list[str]
+    caches: list[Tensor]
+    """One `[blocks, heads, block size, content]` view per layer; block axis first in every layout."""
+    shape: CacheShape
+    device: torch.device
+
+
+def view(runner: Any) -> RunnerView:
+    """The view of a live model runner.
+
+    Raises:
+        NotImplementedError: the model has other than one kind of attention layer (sliding window, Mamba, …).
+    """
+    groups = [group for kind in runner.attn_groups for group in kind]
+    if len(groups) != 1:
+        raise NotImplementedError(f"models with {len(groups)} kinds of attention layers; one kind is supported")
+    names = list(groups[0].layer_names)
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    caches = [layers[name].kv_cache for name in names]
+    blocks, _, block_size, _ = caches[0].shape
+    return RunnerView(runner, names, caches, CacheShape(block_size=block_size, blocks=blocks), runner.device)
+
+
+def forward(view: RunnerView, token_X: Tensor, placement: Placement, logit_M: Tensor) -> Tensor:
+    """One forward pass over all tokens; logits `[M, V]` of the tokens `logit_M`.
+
+    The model reads and writes the cache where `placement` says.
+    """
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    device = view.device
+    start_cpu = torch.zeros(len(placement.query_lengths) + 1, dtype=torch.int32)
+    start_cpu[1:] = placement.query_lengths.cumsum(0)
+    slots = placement.slot_X.to(device)
+    common = CommonAttentionMetadata(
+        query_start_loc=start_cpu.to(device),
+        query_start_loc_cpu=start_cpu,
+        seq_lens=placement.total_lengths.to(device),
+        seq_lens_cpu_upper_bound=placement.total_lengths,
+        num_reqs=len(placement.query_lengths),
+        num_actual_tokens=len(token_X),
+        max_query_len=int(placement.query_lengths.max()),
+        max_seq_len=int(placement.total_lengths.max()),
+        block_table_tensor=placement.block_table_NB.to(device),
+        slot_mapping=slots,
+        causal=True,
+    )
+    group = next(group for kind in view.runner.attn_groups for group in kind)
+    metadata = group.get_metadata_builder(0).build(0, common)
+    per_layer = dict.fromkeys(view.layer_names, metadata)
+    with (
+        torch.inference_mode(),
+        set_forward_context(
+            per_layer,
+            view.runner.vllm_config,
+            num_tokens=len(token_X),
+            slot_mapping=dict.fromkeys(view.layer_names, slots),
+        ),
+    ):
+        hidden = view.runner.model(input_ids=token_X.to(device), positions=placement.position_X.to(device))
+        logits: Tensor = view.runner.model.compute_logits(hidden[logit_M.to(device)])
+    return logits
+
+
+def copy_blocks(view: RunnerView, source_X: Tensor, destination_X: Tensor) -> None:
+    """Copy blocks of the cache in every layer, all at once."""
+    if not len(source_X):
+        return
+    source, destination = source_X.to(view.device), destination_X.to(view.device)
+    with torch.inference_mode():
+        for cache in view.caches:
+            cache[destination] = cache[source]
+
+
+_WEIGHT_TRANSFER_CLASSES = ("WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo")
+
+
+def __getattr__(name: str) -> Any:
+    """The base classes of the weight transfer, imported when they are asked for."""
+    if name in _WEIGHT_TRANSFER_CLASSES:
+        return getattr(importlib.import_module("vllm.distributed.weight_transfer.base"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def weight_transfer_registered(backend: str) -> bool:
+    """Whether vLLM knows a weight-transfer backend of that name."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    return backend in WeightTransferEngineFactory._registry
+
+
+def register_weight_transfer(backend: str, engine: type) -> None:
+    """Register a weight-transfer engine."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    WeightTransferEngineFactory.register_engine(backend, engine)
+
+
+def initialize_layerwise_reload(model: torch.nn.Module) -> None:
+    """Give the repacked layers fresh parameters to load into."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload as initialize
+
+    initialize(model)
+
+
+def finalize_layerwise_reload(model: torch.nn.Module, model_config: Any) -> None:
+    """Repack what was loaded."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload as finalize
+
+    finalize(model, model_config)
+
+
+def process_weights_after_loading(module: Any) -> None:
+    """Repack the weight of one layer."""
+    module.quant_method.process_weights_after_loading(module)
