@@ -62,7 +62,7 @@ def render(run: Path) -> str:
         title=f"windlass: {run.resolve().name}",
         subtitle=_subtitle(run, steps),
         facts=facts(summary),
-        stages=stage_table(stages) if stages else None,
+        stages=stage_tables(stages),
         comparisons=comparison_rows(summary.get("comparisons") or {}),
         plots=plots(steps, stages),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
@@ -117,8 +117,8 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Columns and rows of the stage table, the best value of each column marked."""
+def stage_tables(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A table per family of metrics (the rare ones together), the best value of each column marked."""
     values = {name: dict(flat({k: v for k, v in s.items() if k != "ci95"})) for name, s in stages.items()}
     columns = [c for c in dict.fromkeys(c for row in values.values() for c in row) if re.fullmatch(SHOWN_COLUMNS, c)]
     columns.sort(key=_column_order)
@@ -127,26 +127,31 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         numbers = [float(row[column]) for row in values.values() if isinstance(row.get(column), int | float)]
         if numbers and column != "n" and len(set(numbers)) > 1:
             best[column] = min(numbers) if re.fullmatch(SMALLER_IS_BETTER, column) else max(numbers)
-    rows = []
-    for name, row in values.items():
-        intervals = stages[name].get("ci95") or {}
-        cells = []
-        for column in columns:
-            value = row.get(column)
-            span = intervals.get(column)
-            cells.append(
-                {
-                    "text": f"{value:.4f}" if isinstance(value, float) else _text(value),
-                    "interval": f"{span[0]:.4f} – {span[1]:.4f}" if span else "",
-                    "best": value is not None and column in best and value == best[column],
-                }
-            )
-        rows.append({"name": name, "cells": cells})
-    return {"columns": columns, "rows": rows}
+    tables = []
+    for families in (("hr",), ("ndcg",), ("recall",), ("mrr",), ("coverage", "novelty", "invalid", "n")):
+        chosen = [c for c in columns if re.split(r"[@/]", c)[0] in families]
+        if chosen:
+            rows = [
+                {"name": name, "cells": [_cell(row, stages[name].get("ci95") or {}, c, best) for c in chosen]}
+                for name, row in values.items()
+            ]
+            tables.append({"columns": chosen, "rows": rows})
+    return tables
+
+
+def _cell(
+    row: Mapping[str, Any], intervals: Mapping[str, Any], column: str, best: Mapping[str, float]
+) -> dict[str, Any]:
+    value, span = row.get(column), intervals.get(column)
+    return {
+        "text": f"{value:.4f}" if isinstance(value, float) else _text(value),
+        "interval": f"{span[0]:.4f} – {span[1]:.4f}" if span else "",
+        "best": value is not None and column in best and value == best[column],
+    }
 
 
 def _column_order(column: str) -> tuple[int, int, str]:
-    families = ("n", "hr", "ndcg", "recall", "mrr", "coverage", "novelty", "invalid")
+    families = ("hr", "ndcg", "recall", "mrr", "coverage", "novelty", "invalid", "n")
     family = re.split(r"[@/]", column)[0]
     cutoff = re.search(r"@(\d+)", column)
     return families.index(family), int(cutoff[1]) if cutoff else 0, column
@@ -164,7 +169,7 @@ def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[s
                         "metric": metric,
                         "mean": f"{d['mean']:+.4f}",
                         "interval": f"[{d['low']:+.4f}, {d['high']:+.4f}]",
-                        "clear": not d["low"] <= 0 <= d["high"],
+                        "apart": not d["low"] <= 0 <= d["high"],
                     }
                 )
     return rows

@@ -61,7 +61,6 @@ def lines(steps: Steps, metric_names: Sequence[str], *, ylabel: str, log: bool =
             axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
-        axes.legend(ncols=2 if len(drawn) > 4 else 1)
 
     return _svg(draw)
 
@@ -82,7 +81,6 @@ def stacked_time(steps: Steps) -> str | None:
             base = [b + v for b, v in zip(base, y, strict=True)]
         axes.set_xlabel("step")
         axes.set_ylabel("seconds")
-        axes.legend(ncols=2)
 
     return _svg(draw)
 
@@ -112,16 +110,17 @@ def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | Non
         axes.minorticks_off()
         axes.set_xlabel("K")
         axes.set_ylabel(f"{metric.upper()}@K")
-        axes.legend()
 
     return _svg(draw)
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
     with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=PALETTE)}):
-        figure, axes = plt.subplots(figsize=(5.6, 3.1), layout="constrained")
+        figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         try:
             draw(axes)
+            # Below the axes a legend covers no curve.
+            figure.legend(loc="outside lower center", ncols=4)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         finally:

@@ -1,0 +1,170 @@
+"""`windlass results`: regenerate a table of docs/results.md.
+
+`docs/results/NAME.json` says which commands measure the table and holds what they measured:
+
+    {"format": 1, "title": "...", "columns": {"NDCG@10": "metrics.ndcg@10"}, "note": "...",
+     "rows": [{"name": "SFT", "command": ["eval", "runs/x", "--data", "datasets/y"],
+               "result": null | {...}, "seconds": null | 12.3, "commit": null | "..."}]}
+
+A row without a result is measured by running `windlass COMMAND --json FILE`; the file is saved after each row, so an
+interrupted run continues with the next row, and `--budget-minutes` ends it between rows. The table then replaces what
+stands between the two markers of NAME in docs/results.md. Rows may hold a `result` and no command: published numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data.errors import RequestError, RunError
+from launch.provenance import ROOT, commit
+from launch.run_directory import read_json
+from trainer.durable import write_text
+
+FORMAT = 1
+Runner = Callable[[Sequence[str]], Mapping[str, Any]]
+
+
+def results_command(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    budget_minutes: float = 60.0,
+    again: bool = False,
+    only_render: bool = False,
+    docs: Path = ROOT / "docs",
+) -> dict[str, Any]:
+    """Measure what is missing of a table of the docs and write the table.
+
+    Args:
+        names: tables, docs/results/NAME.json; none means all.
+        budget_minutes: no new row is begun after this time.
+        again: measure every row that has a command again.
+        only_render: measure nothing, write the tables from what is there.
+        docs: folder of the documentation.
+    """
+    there = sorted(path.stem for path in (docs / "results").glob("*.json"))
+    for name in names:
+        if name not in there:
+            raise RequestError("results", name, ", ".join(there) or f"none: {docs / 'results'} holds no table")
+    deadline = time.monotonic() + 60 * budget_minutes
+    answer: dict[str, Any] = {"tables": {}}
+    for name in names or there:
+        path = docs / "results" / f"{name}.json"
+        if not only_render:
+            measure(path, run_windlass, deadline=deadline, again=again)
+        missing = missing_rows(read_table(path))
+        answer["tables"][name] = {"missing": missing}
+        print(f"{name}: {'complete' if not missing else 'still to measure: ' + ', '.join(missing)}")
+    render(docs, list(names or there))
+    return answer
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A table file.
+
+    Raises:
+        RequestError: unknown format, or a part is missing.
+    """
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise RequestError(str(path), f"format {content.get('format')!r}", f"format {FORMAT}")
+    if not isinstance(content.get("rows"), list) or not isinstance(content.get("columns"), dict):
+        raise RequestError(str(path), "no rows or no columns", "rows and columns as in launch/results.py")
+    for row in content["rows"]:
+        if not isinstance(row, dict) or "name" not in row or not ("command" in row or row.get("result") is not None):
+            raise RequestError(str(path), f"row {row!r:.60}", "a name, and a command or a result")
+    return content
+
+
+def missing_rows(table: Mapping[str, Any]) -> list[str]:
+    """Names of the rows without a result."""
+    return [row["name"] for row in table["rows"] if row.get("result") is None]
+
+
+def measure(
+    path: Path, runner: Runner, *, deadline: float, again: bool = False, now: Callable[[], float] = time.monotonic
+) -> None:
+    """Run the commands of the rows that miss a result, saving after each, until `deadline`."""
+    table = read_table(path)
+    for row in table["rows"]:
+        if "command" not in row or (row.get("result") is not None and not again):
+            continue
+        if now() >= deadline:
+            return
+        started = now()
+        row["result"] = dict(runner(row["command"]))
+        row["seconds"] = round(now() - started, 1)
+        row["commit"] = commit()["commit"]
+        write_text(path, json.dumps(table, indent=1) + "\n")
+
+
+def run_windlass(command: Sequence[str]) -> Mapping[str, Any]:
+    """Run a windlass command in a process of its own and return its JSON answer.
+
+    Raises:
+        RunError: it did not end with exit code 0.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "answer.json"
+        done = subprocess.run([sys.executable, "-m", "launch.cli", *command, "--json", str(target)], check=False)
+        if done.returncode != 0:
+            raise RunError(f"windlass {' '.join(command)} ended with exit code {done.returncode}")
+        return read_json(target)
+
+
+def render(docs: Path, names: Sequence[str]) -> None:
+    """Write the tables between their markers in docs/results.md.
+
+    Raises:
+        RequestError: results.md has not exactly one pair of markers for a table.
+    """
+    page = docs / "results.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    for name in names:
+        begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise RequestError(str(page), f"no place for the table {name}", f"one pair of lines {begin} and {end}")
+        before, after = text.index(begin) + len(begin), text.index(end)
+        table = markdown(read_table(docs / "results" / f"{name}.json"))
+        text = f"{text[:before]}\n{table}\n{text[after:]}"
+    if names:
+        write_text(page, text)
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The table as Markdown; a missing value is a dash, never a zero."""
+    columns: Mapping[str, str] = table["columns"]
+    lines = [f"**{table['title']}**", ""] if table.get("title") else []
+    lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for row in table["rows"]:
+        cells = [_cell(lookup(row.get("result"), path)) for path in columns.values()]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    if table.get("note"):
+        lines += ["", str(table["note"])]
+    return "\n".join(lines)
+
+
+def lookup(result: object, path: str) -> object:
+    """The value at `a.b.c`; names may hold an @ but no dot. None when it leads nowhere."""
+    for part in path.split("."):
+        if not isinstance(result, Mapping) or part not in result:
+            return None
+        result = result[part]
+    return result
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+    return str(value)
