@@ -1,0 +1,320 @@
+"""The weight channel: takes the learner's weights to every engine, and shows a version only after two checks.
+
+    describe → metadata message → packed buckets → check 1: checksums of what every engine received
+                                                 → check 2: the probe → published on all engines, or on none
+
+Errors of any side come up here as `PushError` before the deadline. An engine that stopped half way holds a mixture of
+two versions: it is marked failed and replaced, and the push is repeated, unless a check failed: then something is
+wrong with the weights themselves and the run must stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future
+from concurrent.futures import wait as wait_futures
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from data.errors import RunError
+from data.settings import Settings
+from rollout.buckets import ALIGNMENT, HEADER_BYTES, BucketError, plan_buckets
+from rollout.movers import Deadline, Endpoint, MoverKind, MoverRequest, MoverTimeout, PeerError
+from rollout.peers import Peer, PeerDied
+from rollout.probe import Gap, GapAlarm, Probe, ProbeAnswer, check_gap, gap_limit, probe_gap
+from rollout.receiving import PushFault, PushMessage, Receipt
+
+_PEER_SHARE = 0.8
+"""Share of the deadline the two ends give themselves: their own words are better than our stopwatch."""
+_GRACE_S = 3.0
+"""How long the others may still report after the first error; the first is often only an echo of the cause."""
+
+
+class ChannelSettings(Settings):
+    """How new weights reach the rollout engines."""
+
+    mover: MoverKind = MoverKind.SHARED_MEMORY
+    """`shared_memory` (one host), `file` or `gloo` (CPU, several hosts), `nccl` (GPUs), `cuda_ipc` (GPUs, one host)."""
+    bucket_mib: float = Field(32.0, gt=0, le=4096)
+    """Size of the packed buckets; `slots` of them are in flight."""
+    slots: int = Field(2, ge=1, le=16)
+    """Buckets in flight."""
+    deadline_s: float = Field(120.0, gt=0)
+    """Seconds a push may take before it has failed."""
+    probe_deadline_s: float = Field(60.0, gt=0)
+    """Seconds the engines and the learner may take to score the probe."""
+    replacements: int = Field(1, ge=0)
+    """How often in one push failed engines are replaced and the push repeated."""
+    folder: str = ""
+    """Folder of the file mover, seen by all nodes."""
+    host: str = "127.0.0.1"
+    """Address of the learner's first rank (gloo and nccl)."""
+    test_fault: PushFault = PushFault.NONE
+    """Test-only: what goes wrong."""
+    test_fault_version: int = Field(1, ge=0)
+    """Test-only: the version whose push goes wrong."""
+    test_blind: bool = False
+    """Test-only: the faulty push runs without its checks, so that only the policy gap can notice."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Payload of a bucket."""
+        return max(1, round(self.bucket_mib * 2**20 / ALIGNMENT)) * ALIGNMENT
+
+
+class PushFailure(StrEnum):
+    """Why an engine, or the learner, is to blame for a failed push."""
+
+    CHECKSUM = "checksum"
+    """Check 1: what arrived is not what was sent."""
+    PROBE = "probe"
+    """Check 2: the engine computes other log-probabilities than the learner."""
+    TIMEOUT = "timeout"
+    """It fell silent."""
+    DIED = "died"
+    """Its process is gone."""
+    ERROR = "error"
+    """It raised an error."""
+    HALF_WAY = "half_way"
+    """Another one failed, and it was left with part of the weights."""
+
+
+ALARMS = (PushFailure.CHECKSUM, PushFailure.PROBE)
+"""Reasons that stop the run; the others replace the engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blame:
+    """One failed peer."""
+
+    reason: PushFailure
+    text: str
+
+
+class PushError(RunError):
+    """A push failed; nothing of it is visible."""
+
+    def __init__(self, version: int, blames: Mapping[str, Blame]) -> None:
+        super().__init__(version, blames)
+        self.version = version
+        self.blames = dict(blames)
+
+    def __str__(self) -> str:
+        order = sorted(self.blames.items(), key=lambda item: item[1].reason is PushFailure.HALF_WAY)
+        told = "; ".join(f"{name} ({blame.reason.value}): {blame.text}" for name, blame in order)
+        return f"push of weight version {self.version} failed: {told}"
+
+    @property
+    def alarm(self) -> bool:
+        """True when a check failed, so that no replacement helps."""
+        return any(blame.reason in ALARMS for blame in self.blames.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport:
+    """A push that became visible."""
+
+    version: int
+    nbytes: int
+    buckets: int
+    gap: Mapping[str, Gap]
+    """Probe gap by engine."""
+    limit: Gap
+    seconds: Mapping[str, float]
+    """By phase: `transfer`, `probe`, `total`."""
+    replaced: tuple[str, ...] = ()
+    """Engines that were replaced on the way."""
+
+
+@dataclass
+class WeightChannel:
+    """Pushes from one learner to the engines.
+
+    The learner is a peer with the methods `describe_weights() -> (specs, aliases)`, `open_push(MoverRequest) ->
+    Endpoint`, `send_push(PushMessage) -> Receipt` and `answer_probe(Probe) -> ProbeAnswer`; engines are peers with those
+    of `rollout.receiving.ReceivingEngine` and `score(prompts, completions)`.
+    """
+
+    settings: ChannelSettings
+    source: Peer
+    engines: dict[str, Peer]
+    probe: Probe
+    dtype: str
+    """Type the engines compute in: decides the limit of the probe."""
+    replace: Callable[[str], Peer] | None = None
+    """Starts a fresh engine in the place of a failed one."""
+    workers_per_engine: int = 1
+    """Receivers behind one engine (tensor parallel workers)."""
+    version: int | None = None
+    """Last version that became visible."""
+    failed: dict[str, Blame] = field(default_factory=dict)
+    """Engines that must be replaced before they may be used."""
+
+    def push(self, version: int) -> PushReport:
+        """Take the learner's present weights to all engines as `version`.
+
+        Raises:
+            PushError: it failed; engines in `failed` are unusable, and none shows the version.
+        """
+        if version < 0:
+            raise ValueError(f"weight version {version} is negative")
+        replaced: list[str] = []
+        for attempt in range(self.settings.replacements + 1):
+            self._replace_failed(replaced)
+            try:
+                return self._push_once(version, tuple(replaced))
+            except PushError as error:
+                self.failed.update({name: b for name, b in error.blames.items() if name in self.engines})
+                helps = bool(self.failed) and self.replace is not None
+                if error.alarm or not helps or attempt == self.settings.replacements:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _replace_failed(self, replaced: list[str]) -> None:
+        if self.failed and self.replace is None:
+            raise PushError(-1 if self.version is None else self.version, self.failed)
+        for name in sorted(self.failed):
+            assert self.replace is not None
+            self.engines[name] = self.replace(name)
+            del self.failed[name]
+            replaced.append(name)
+
+    def _push_once(self, version: int, replaced: tuple[str, ...]) -> PushReport:
+        begun = time.monotonic()
+        deadline = Deadline(self.settings.deadline_s)
+        faulty = version == self.settings.test_fault_version
+        fault = self.settings.test_fault if faulty else PushFault.NONE
+        blind = faulty and self.settings.test_blind and fault is not PushFault.NONE
+        message = self._announce(version, fault, blind, deadline)
+        sent, received = None, {}
+        if fault is not PushFault.WITHHOLD_PUSH:
+            sent, received = self._transfer(message, deadline)
+        moved = time.monotonic()
+        limit, gaps = Gap(mean=0.0, max=0.0), {}
+        if not blind:
+            self._check_receipts(version, sent, received)
+            limit, gaps = self._check_probe(version)
+        publish = "publish_unchecked" if blind else "publish_weights"
+        self._gather(
+            version, {name: peer.submit(publish, version) for name, peer in self.engines.items()}, Deadline(_GRACE_S * 5)
+        )
+        self.version = version
+        now = time.monotonic()
+        return PushReport(
+            version=version,
+            nbytes=message.layout.total_bytes,
+            buckets=message.layout.buckets,
+            gap=gaps,
+            limit=limit,
+            seconds={"transfer": moved - begun, "probe": now - moved, "total": now - begun},
+            replaced=replaced,
+        )
+
+    def _announce(self, version: int, fault: PushFault, blind: bool, deadline: Deadline) -> PushMessage:
+        specs, aliases = self._ask_source(version, "describe_weights", deadline=deadline)
+        layout = plan_buckets(specs, bucket_bytes=self.settings.bucket_bytes, aliases=aliases)
+        request = MoverRequest(
+            kind=self.settings.mover,
+            receivers=tuple(
+                f"{name}/{worker}@{id(peer)}"
+                for name, peer in self.engines.items()
+                for worker in range(self.workers_per_engine)
+            ),
+            buffer_bytes=HEADER_BYTES + min(layout.bucket_bytes, layout.total_bytes),
+            slots=self.settings.slots,
+            host=self.settings.host,
+            folder=self.settings.folder,
+        )
+        endpoint: Endpoint = self._ask_source(version, "open_push", request, deadline=deadline)
+        return PushMessage(
+            version=version,
+            layout=layout,
+            endpoint=endpoint,
+            deadline_s=_PEER_SHARE * deadline.left,
+            fault=fault,
+            blind=blind,
+        )
+
+    def _transfer(self, message: PushMessage, deadline: Deadline) -> tuple[Receipt, dict[str, Receipt]]:
+        calls = {
+            name: peer.submit("receive_weights", message, rank * self.workers_per_engine)
+            for rank, (name, peer) in enumerate(self.engines.items())
+        }
+        calls[self.source.name] = self.source.submit("send_push", message)
+        received = self._gather(message.version, calls, deadline)
+        return received.pop(self.source.name), received
+
+    def _check_receipts(self, version: int, sent: Receipt | None, received: Mapping[str, Receipt]) -> None:
+        """Check 1: every engine verified exactly the buckets that were sent."""
+        blames = {}
+        for name in self.engines:
+            receipt = received.get(name)
+            if sent is None or receipt is None:
+                text = f"no receipt for version {version}"
+            elif (receipt.version, receipt.checksums) != (version, sent.checksums):
+                text = f"received {len(receipt.checksums)} buckets of version {receipt.version} with other checksums"
+            elif receipt.tensors != sent.tensors:
+                text = f"loaded {receipt.tensors} of {sent.tensors} tensors"
+            else:
+                continue
+            blames[name] = Blame(reason=PushFailure.CHECKSUM, text=text)
+        if blames:
+            raise PushError(version, blames)
+
+    def _check_probe(self, version: int) -> tuple[Gap, dict[str, Gap]]:
+        """Check 2: every engine computes what the learner computes."""
+        deadline = Deadline(self.settings.probe_deadline_s)
+        prompts, completions = list(self.probe.prompts), list(self.probe.completions)
+        calls = {name: peer.submit("score", prompts, completions) for name, peer in self.engines.items()}
+        calls[self.source.name] = self.source.submit("answer_probe", self.probe)
+        scores = self._gather(version, calls, deadline)
+        answer: ProbeAnswer = scores.pop(self.source.name)
+        limit = gap_limit(self.dtype, answer.noise)
+        gaps, blames = {}, {}
+        for name, logp in scores.items():
+            gaps[name] = probe_gap(logp, answer.logp)
+            try:
+                check_gap(gaps[name], limit, f"probe of version {version}")
+            except GapAlarm as alarm:
+                blames[name] = Blame(reason=PushFailure.PROBE, text=str(alarm))
+        if blames:
+            raise PushError(version, blames)
+        return limit, gaps
+
+    def _ask_source(self, version: int, method: str, *arguments: Any, deadline: Deadline) -> Any:
+        name = self.source.name
+        return self._gather(version, {name: self.source.submit(method, *arguments)}, deadline)[name]
+
+    def _gather(self, version: int, calls: Mapping[str, Future[Any]], deadline: Deadline) -> dict[str, Any]:
+        """Results of all calls; the error of any as soon as it is there, with what the others say within a moment."""
+        _, waiting = wait_futures(calls.values(), timeout=deadline.left, return_when=FIRST_EXCEPTION)
+        errors = any(call.done() and call.exception() is not None for call in calls.values())
+        if errors and waiting:
+            wait_futures(calls.values(), timeout=min(_GRACE_S, deadline.left))
+        blames = {}
+        for name, call in calls.items():
+            if not call.done():
+                reason = PushFailure.HALF_WAY if errors else PushFailure.TIMEOUT
+                blames[name] = Blame(reason=reason, text="no answer when the push was given up")
+            elif (error := call.exception()) is not None:
+                blames[name] = _blame(error)
+        if blames:
+            raise PushError(version, blames)
+        return {name: call.result() for name, call in calls.items()}
+
+
+def _blame(error: BaseException) -> Blame:
+    reason = PushFailure.ERROR
+    for kind, known in (
+        (BucketError, PushFailure.CHECKSUM),
+        (MoverTimeout, PushFailure.TIMEOUT),
+        (PeerError, PushFailure.HALF_WAY),
+        (PeerDied, PushFailure.DIED),
+    ):
+        if isinstance(error, kind):
+            reason = known
+    return Blame(reason=reason, text=f"{type(error).__name__}: {error}")

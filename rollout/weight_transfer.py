@@ -1,0 +1,162 @@
+"""The push inside a vLLM worker: an engine registered with vLLM's weight-transfer interface, and the receiving mixin.
+
+vLLM drives it as it drives its own backends: `start_weight_update`, one `update_weights` with the metadata message
+(the buckets come through the mover), `finish_weight_update`. Loading goes through vLLM's layerwise reload, because its
+CPU linears repack their weight and leave the parameter empty. That reload never repacks a head that is tied to the
+embedding: its layer owns no tensor of its own, so it keeps the old copy without a word. `repack_shared` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout import vllm_internals as internals
+from rollout.buckets import BucketError
+from rollout.receiving import Inbox, PushFault, PushMessage, Receipt
+
+BACKEND = "windlass"
+"""Name of the backend: `weight_transfer_config={"backend": BACKEND}`."""
+
+
+@dataclass
+class PushInitInfo(internals.WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing to agree on beforehand: the endpoint comes with every message."""
+
+
+@dataclass
+class PushUpdateInfo(internals.WeightTransferUpdateInfo):  # type: ignore[misc]
+    """The metadata message of a push."""
+
+    message: PushMessage
+    rank: int
+    """Receiver rank of this worker."""
+
+
+class PushTransferEngine(internals.WeightTransferEngine):  # type: ignore[misc]
+    """Receives packed buckets through any mover."""
+
+    init_info_cls = PushInitInfo
+    update_info_cls = PushUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._inbox = Inbox()
+        self._loaded: set[str] = set()
+        self._message: PushMessage
+        self.receipt: Receipt | None = None
+        """Of the last push."""
+
+    def init_transfer_engine(self, init_info: PushInitInfo) -> None:
+        """Nothing to do; see `PushInitInfo`."""
+
+    def start_weight_update(self) -> None:
+        """Prepare the model for the layerwise reload."""
+        self.receipt = None
+        self._loaded = set()
+        internals.initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: PushUpdateInfo) -> None:
+        """Receive, verify and load every bucket; see `Inbox.receive` for the errors."""
+        message = update_info.message
+        self._message = message
+
+        def load(tensors: list[tuple[str, Tensor]]) -> None:
+            self._loaded |= self.model.load_weights(tensors)
+
+        self.receipt = self._inbox.receive(message, rank=update_info.rank, device=str(self.device), load=load)
+
+    def finish_weight_update(self) -> None:
+        """Process what was loaded.
+
+        Raises:
+            BucketError: a parameter of the model was not part of the push.
+        """
+        internals.finalize_layerwise_reload(self.model, self.model_config)
+        missing = sorted({name for name, _ in self.model.named_parameters()} - self._loaded)
+        if missing and not self._message.blind:
+            raise BucketError(f"the push did not load {', '.join(missing)}")
+        if self._message.fault is not PushFault.WITHHOLD_HEAD:
+            repack_shared(self.model)
+
+    def shutdown(self) -> None:
+        """Drop the connection to the sender."""
+        self._inbox.close()
+
+
+def repack_shared(model: torch.nn.Module) -> list[str]:
+    """Repack the modules whose weight another module owns (a tied head); returns their names.
+
+    Modules that own their weight were processed by the layerwise reload. Where nothing is packed (GPU), the processing
+    of an unquantised head leaves the weight as it is.
+    """
+    owners: dict[int, str] = {}
+    repacked = []
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in owners and parameter.numel():
+                internals.process_weights_after_loading(module)
+                repacked.append(name)
+            owners.setdefault(id(parameter), name)
+    return repacked
+
+
+def register_engine() -> None:
+    """Make the backend known to vLLM in this process; may be called again."""
+    if not internals.weight_transfer_registered(BACKEND):
+        internals.register_weight_transfer(BACKEND, PushTransferEngine)
+
+
+class WeightReceiver:
+    """Mixin of the vLLM worker extension; the methods of the worker it is mixed into do the rest.
+
+    Importing this module registers the backend, so a worker that has the extension can build the engine.
+    """
+
+    weight_transfer_engine: PushTransferEngine
+
+    def receive_push(self, message: PushMessage, first_rank: int) -> Receipt:
+        """One whole push into this worker.
+
+        Args:
+            message: the metadata.
+            first_rank: receiver rank of the first worker of this engine.
+
+        Raises:
+            BucketError: a bucket or a parameter is missing or wrong.
+            MoverError: the sender failed or fell silent.
+        """
+        worker: Any = self
+        try:
+            worker.start_weight_update()
+            worker.update_weights({"message": message, "rank": first_rank + worker.rank})
+            worker.finish_weight_update()
+        except BaseException as error:
+            self.weight_transfer_engine._inbox.fail(f"{type(error).__name__}: {error}")
+            raise
+        receipt = self.weight_transfer_engine.receipt
+        if receipt is None:
+            raise BucketError(f"the push of version {message.version} left no receipt")
+        return receipt
+
+
+def take_push(llm: Any, message: PushMessage, rank: int) -> Receipt:
+    """One push into all workers of a `vllm.LLM` whose extension mixes `WeightReceiver` in.
+
+    Raises:
+        BucketError: see `WeightReceiver.receive_push`, or the workers received different bytes.
+        MoverError: see there.
+    """
+    receipts: Sequence[Receipt] = llm.collective_rpc("receive_push", args=(message, rank))
+    if len({receipt.checksums for receipt in receipts}) != 1:
+        raise BucketError(f"the workers of an engine received different buckets of version {message.version}")
+    llm.reset_prefix_cache()
+    return receipts[0]
+
+
+register_engine()

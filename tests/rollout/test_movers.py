@@ -1,0 +1,237 @@
+"""Contract of every CPU mover: buffers arrive in order and unchanged at all receivers, whatever their sizes and number;
+an error told by one side comes up at the others; silence ends at the deadline; nothing is left behind.
+
+Not covered: the last calls of NCCL and CUDA IPC (they need a GPU); several hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import RequestError
+from rollout.movers import (
+    BucketReceiver,
+    BucketSender,
+    Deadline,
+    Endpoint,
+    MoverError,
+    MoverKind,
+    MoverRequest,
+    MoverTimeout,
+    PeerError,
+    open_receiver,
+    open_sender,
+)
+
+CPU_MOVERS = (MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO)
+BUFFER = 1 << 12
+
+
+@pytest.fixture(params=CPU_MOVERS, ids=lambda kind: kind.value)
+def request_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], MoverRequest]:
+    return lambda receivers: MoverRequest(
+        kind=request.param,
+        receivers=tuple(f"engine-{i}" for i in range(receivers)),
+        buffer_bytes=BUFFER,
+        folder=str(tmp_path),
+    )
+
+
+@contextlib.contextmanager
+def opened(request: MoverRequest) -> Iterator[BucketSender]:
+    sender = open_sender(request)
+    try:
+        yield sender
+    finally:
+        sender.close()
+
+
+def buffers(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return [
+        torch.randint(0, 256, (BUFFER if i % 3 else 1 + 37 * i,), generator=generator, dtype=torch.uint8)
+        for i in range(count)
+    ]
+
+
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call)
+    pool.shutdown(wait=False)
+    return future
+
+
+def take(endpoint: Endpoint, rank: int, sizes: list[int], seconds: float = 20) -> list[torch.Tensor]:
+    deadline = Deadline(seconds)
+    receiver = open_receiver(endpoint, rank=rank, device="cpu", deadline=deadline)
+    try:
+        return [receiver.receive(size, deadline) for size in sizes]
+    finally:
+        receiver.close()
+
+
+@pytest.mark.parametrize("receivers", [1, 3])
+def test_buffers_arrive_in_order_and_unchanged(request_of: Callable[[int], MoverRequest], receivers: int) -> None:
+    sent = buffers(9)
+    with opened(request_of(receivers)) as sender:
+        takers = [
+            in_thread(lambda r=rank: take(sender.endpoint, r, [b.numel() for b in sent])) for rank in range(receivers)
+        ]
+        deadline, scratch = Deadline(20), torch.empty(BUFFER, dtype=torch.uint8)
+        for buffer in sent:
+            # The sender may overwrite its buffer as soon as `send` returns.
+            scratch[: buffer.numel()] = buffer
+            sender.send(scratch[: buffer.numel()], deadline)
+            scratch.fill_(7)
+        sender.finish(deadline)
+        for taker in takers:
+            assert all(torch.equal(a, b) for a, b in zip(taker.result(20), sent, strict=True))
+
+
+def test_one_connection_serves_many_pushes(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        receiver: BucketReceiver | None = None
+        connect = in_thread(lambda: open_receiver(sender.endpoint, rank=0, device="cpu", deadline=Deadline(20)))
+        receiver = connect.result(20)
+        for push in range(3):
+            sent = buffers(push + 2)
+            taker = in_thread(lambda s=sent: [receiver.receive(b.numel(), Deadline(20)) for b in s])
+            for buffer in sent:
+                sender.send(buffer, Deadline(20))
+            sender.finish(Deadline(20))
+            assert all(torch.equal(a, b) for a, b in zip(taker.result(20), sent, strict=True))
+        receiver.close()
+
+
+def test_the_receivers_error_comes_up_at_the_sender(request_of: Callable[[int], MoverRequest]) -> None:
+    def fail_after_one() -> None:
+        receiver = open_receiver(sender.endpoint, rank=0, device="cpu", deadline=Deadline(20))
+        receiver.receive(BUFFER, Deadline(20))
+        receiver.fail("out of memory at layer 3")
+        receiver.close()
+
+    with opened(request_of(2)) as sender:
+        failing = in_thread(fail_after_one)
+        other = in_thread(lambda: take(sender.endpoint, 1, [BUFFER] * 50))
+        begun, deadline = time.monotonic(), Deadline(20)
+        with pytest.raises(PeerError, match="out of memory at layer 3"):
+            for _ in range(50):
+                sender.send(torch.zeros(BUFFER, dtype=torch.uint8), deadline)
+            sender.finish(deadline)
+        failing.result(20)
+        with pytest.raises(MoverError, match="out of memory|closed"):
+            other.result(20)
+        assert time.monotonic() - begun < 10
+
+
+def test_the_senders_error_comes_up_at_the_receiver(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        taker = in_thread(lambda: take(sender.endpoint, 0, [BUFFER, BUFFER]))
+        sender.send(torch.zeros(BUFFER, dtype=torch.uint8), Deadline(20))
+        sender.fail("gathering layer 5 failed")
+        begun = time.monotonic()
+        with pytest.raises(PeerError, match="gathering layer 5 failed"):
+            taker.result(20)
+        assert time.monotonic() - begun < 5
+
+
+def test_a_sender_that_closes_early_comes_up_at_the_receiver(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        taker = in_thread(lambda: take(sender.endpoint, 0, [BUFFER, BUFFER]))
+        sender.send(torch.zeros(BUFFER, dtype=torch.uint8), Deadline(20))
+        sender.finish(Deadline(20))
+    with pytest.raises(MoverError):
+        taker.result(10)
+
+
+def test_silence_ends_at_the_deadline_on_both_sides(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        begun = time.monotonic()
+        with pytest.raises(MoverTimeout):
+            for _ in range(10):
+                sender.send(torch.zeros(BUFFER, dtype=torch.uint8), Deadline(0.5))
+        assert time.monotonic() - begun < 8
+    with opened(request_of(1)) as sender:
+        begun = time.monotonic()
+        with pytest.raises(MoverTimeout):
+            take(sender.endpoint, 0, [BUFFER], seconds=0.5)
+        assert time.monotonic() - begun < 8
+
+
+def test_a_dead_sender_is_an_error_not_a_hang(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        endpoint = sender.endpoint
+    begun = time.monotonic()
+    with pytest.raises(MoverError):
+        take(endpoint, 0, [BUFFER], seconds=2)
+    assert time.monotonic() - begun < 10
+
+
+def test_nothing_is_left_behind(request_of: Callable[[int], MoverRequest], tmp_path: Path) -> None:
+    before, threads = set(os.listdir("/dev/shm")), threading.active_count()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with opened(request_of(1)) as sender:
+            taker = in_thread(lambda s=sender: take(s.endpoint, 0, [BUFFER]))
+            sender.send(torch.zeros(BUFFER, dtype=torch.uint8), Deadline(20))
+            sender.finish(Deadline(20))
+            taker.result(20)
+    del taker, sender
+    assert set(os.listdir("/dev/shm")) <= before
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 8
+    assert threading.active_count() <= threads + 1
+
+
+def test_another_process_receives(request_of: Callable[[int], MoverRequest]) -> None:
+    """The receiver in a process of its own, as an engine is."""
+    script = (
+        "import sys, json, torch\n"
+        "from rollout.movers import *\n"
+        "e = json.loads(sys.argv[1]); e['kind'] = MoverKind(e['kind']); e['handles'] = b''\n"
+        "d = Deadline(60)\n"
+        "r = open_receiver(Endpoint(**e), rank=0, device='cpu', deadline=d)\n"
+        "print(sum(int(r.receive(4096, d).long().sum()) for _ in range(5)))\n"
+        "r.close()\n"
+    )
+    import json
+
+    with opened(request_of(1)) as sender:
+        fields = {**dataclasses.asdict(sender.endpoint), "handles": ""}
+        root = Path(__file__).resolve().parents[2]
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, json.dumps(fields)], cwd=root, stdout=subprocess.PIPE, text=True
+        )
+        deadline = Deadline(60)
+        for value in range(5):
+            sender.send(torch.full((BUFFER,), value, dtype=torch.uint8), deadline)
+        sender.finish(deadline)
+        out, _ = child.communicate(timeout=60)
+    assert int(out) == BUFFER * (0 + 1 + 2 + 3 + 4)
+
+
+def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="at least one engine"):
+        open_sender(MoverRequest(kind=MoverKind.SHARED_MEMORY, receivers=(), buffer_bytes=64))
+    with pytest.raises(RequestError, match="existing folder"):
+        open_sender(
+            MoverRequest(kind=MoverKind.FILE, receivers=("a",), buffer_bytes=64, folder=str(tmp_path / "missing"))
+        )
+    with opened(MoverRequest(kind=MoverKind.SHARED_MEMORY, receivers=("a",), buffer_bytes=64)) as sender:
+        with pytest.raises(RequestError, match="rank"):
+            open_receiver(sender.endpoint, rank=1, device="cpu", deadline=Deadline(1))
+        with pytest.raises(MoverError, match="slots of 64"):
+            sender.send(torch.zeros(65, dtype=torch.uint8), Deadline(1))
