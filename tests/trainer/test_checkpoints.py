@@ -88,9 +88,13 @@ def test_retention_against_a_plain_oracle(
 
 def test_a_failure_while_writing_leaves_nothing(store: CheckpointStore) -> None:
     write(store, 1)
-    with pytest.raises(ZeroDivisionError), store.writing(2, FACTS) as folder:
+
+    def fail(folder: Path) -> None:
         (folder / "half").write_text("x")
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), store.writing(2, FACTS) as folder:
+        fail(folder)
     assert [path.name for path in store.root.iterdir()] == ["step-000001"]
 
 
@@ -129,9 +133,9 @@ def test_a_full_disk_is_noticed_before_writing(store: CheckpointStore, monkeypat
     write(store, 1)
     usage = shutil.disk_usage(store.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
-    with pytest.raises(RunError, match=r"step 2 needs 12 MiB and 3 MiB are free; .*step-000001 stays"):
-        with store.writing(2, FACTS, expected_bytes=10 * 2**20):
-            pytest.fail("the body must not run")
+    room = store.writing(2, FACTS, expected_bytes=10 * 2**20)
+    with pytest.raises(RunError, match=r"step 2 needs 12 MiB and 3 MiB are free; .*step-000001 stays"), room:
+        pytest.fail("the body must not run")
     write(store, 2)
     assert checkpoint_steps(store.root) == [1, 2]
 

@@ -78,7 +78,7 @@ def test_a_step_is_written_once(tmp_path: Path) -> None:
 def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
-    with pytest.raises(RequestError, match="metrics.jsonl:2: is not JSON"):
+    with pytest.raises(RequestError, match=r"metrics\.jsonl:2: is not JSON"):
         read_metrics(path)
 
 
@@ -102,7 +102,9 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     with RunLog(tmp_path, QUIET, total_steps=4, stream=screen) as log:
         log.write(1, {"loss": 0.5})
         log.say("pushed version 1")
-    assert "1/4" in screen.getvalue() and "loss=0.5" in screen.getvalue() and "pushed version 1" in screen.getvalue()
+    assert "1/4" in screen.getvalue()
+    assert "loss=0.5" in screen.getvalue()
+    assert "pushed version 1" in screen.getvalue()
 
 
 def _stand_in(calls: list[Any]) -> ModuleType:
@@ -130,7 +132,9 @@ def test_trackers_get_finite_numbers_and_keep_their_id(tmp_path: Path, monkeypat
     for resumed in (None, 1):
         with RunLog(tmp_path, both, resumed_step=resumed, stream=io.StringIO()) as log:
             log.write((resumed or 0) + 1, {"ndcg@10": 0.5, "loss": float("nan")})
-    assert wandb[0] == wandb[3] and wandb[1] == (1, {"ndcg@10": 0.5}) and wandb[2] == "finish"
+    assert wandb[0] == wandb[3]
+    assert wandb[1] == (1, {"ndcg@10": 0.5})
+    assert wandb[2] == "finish"
     assert mlflow == [
         "p",
         (None, tmp_path.name),

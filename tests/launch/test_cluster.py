@@ -1,0 +1,95 @@
+"""Contract: workers import our packages although the user's folder holds its own `data/` and `trainer.py`, can import
+the user's other modules, and refuse to start when their packages differ from the driver's.
+
+Not checked here: several machines.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.errors import RunError
+from launch.cluster import UNCHECKED, check_packages, runtime_environment
+from launch.provenance import ROOT, package_digest
+from tests.requirements import require
+
+SCRIPT = """
+import sys
+import ray
+from launch.cluster import DIGEST_VARIABLE, cluster
+from launch.user_path import append_user_path
+from trainer.run_settings import ClusterSettings
+
+@ray.remote(num_cpus=0)
+def look():
+    import data, trainer.jobs, own_ranker
+    return data.__file__, trainer.__file__, own_ranker.NAME
+
+if __name__ == "__main__":
+    with cluster(ClusterSettings(object_store_mib=100), environment=dict([a.split("=") for a in sys.argv[1:]])):
+        print(*ray.get(look.remote()))
+"""
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path) -> Path:
+    """A folder with modules named like ours, and one of the user's own."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise ImportError('the data of the user')")
+    (tmp_path / "trainer.py").write_text("raise ImportError('the trainer of the user')")
+    (tmp_path / "own_ranker.py").write_text("NAME = 'mine'")
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "start.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in the user's folder."""
+    return subprocess.run(
+        [sys.executable, str(folder / "scripts" / "start.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def test_workers_take_our_packages_and_the_users_modules(user_folder: Path) -> None:
+    require("ray")
+    # Unchecked: this test is about paths, and somebody may be editing the packages meanwhile.
+    done = start(user_folder, WINDLASS_PACKAGE_DIGEST=UNCHECKED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(ROOT / "data/__init__.py"), str(ROOT / "trainer/__init__.py"), "mine"]
+
+
+@pytest.mark.long
+def test_a_worker_with_other_packages_refuses_to_start(user_folder: Path) -> None:
+    require("ray")
+    done = start(user_folder, "WINDLASS_PACKAGE_DIGEST=0123")
+    assert done.returncode == 1
+    assert "a Ray worker refused to start" in done.stderr
+
+
+def test_the_digest_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINDLASS_PACKAGE_DIGEST", package_digest())
+    check_packages()
+    monkeypatch.setenv("WINDLASS_PACKAGE_DIGEST", "0" * 64)
+    with pytest.raises(RunError, match="install the same version on every node"):
+        check_packages()
+
+
+def test_faults_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINDLASS_FAULT", "push:2")
+    monkeypatch.delenv("WINDLASS_PACKAGE_DIGEST", raising=False)
+    variables = runtime_environment({"EXTRA": "1"})["env_vars"]
+    assert variables["WINDLASS_FAULT"] == "push:2"
+    assert variables["EXTRA"] == "1"
+    assert variables["WINDLASS_PACKAGE_DIGEST"] == package_digest()
