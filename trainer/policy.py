@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -104,6 +105,7 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     if not (folder / "config.json").is_file():
         raise RequestError("model", f"{folder} without config.json", "a folder that transformers can load")
+    transformers.utils.logging.disable_progress_bar()
     lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )

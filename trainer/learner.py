@@ -1,0 +1,372 @@
+"""One learner rank: a DeepSpeed engine around the policy, and what it can be asked to do.
+
+The learner can be used inside any process (`Learner.alone`), or as one of several ranks (`learner_group`). Every
+method is a collective: all ranks get the same call with the whole batch, take their share of it, and answer with
+results for that share; `learner_group` joins them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.constraint import Constraint
+from data.errors import RunError
+from data.faults import fault_point
+from data.records import BoolArray, FloatArray, IntArray
+from rollout.buckets import TensorSpec, describe_module
+from rollout.movers import Endpoint, MoverRequest
+from rollout.probe import Probe, ProbeAnswer, probe_gap
+from rollout.receiving import PushMessage, Receipt
+from rollout.sending import Outbox
+from trainer.export import export_hf
+from trainer.learner_state import OptimiserState, load_state, save_state
+from trainer.legal import LegalTable, replay
+from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
+from trainer.micro_batches import micro_batches
+from trainer.optimisation import adamw, clips_itself, deepspeed_config, learning_rate
+from trainer.policy import Policy, full_log_probabilities, load_language_model, token_scores
+from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
+from trainer.settings import LearnerSettings, Precision
+from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, lay_out, sequence_pieces
+
+SequenceRows = Sequence[tuple[IntArray, BoolArray]]
+
+_DTYPES = {Precision.FLOAT32: torch.float32, Precision.BFLOAT16: torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOutputs:
+    """Scores of completions, float32 `[P, G, T]`, 0 where there is no token."""
+
+    logp_PGT: FloatArray
+    """Renormalised log-probability at the rollout temperature; 0 where the token is not legal."""
+    full_logp_PGT: FloatArray
+    """Full-vocabulary log-probability at temperature 1."""
+    legal_mass_PGT: FloatArray
+    entropy_PGT: FloatArray
+    """Entropy of the renormalised policy, nats."""
+    legal_PGT: BoolArray
+    """True on tokens that the constraint permits."""
+    ref_logp_PGT: FloatArray | None = None
+    """Renormalised log-probability under the reference; None where no reference was loaded."""
+
+
+class Learner:
+    """A rank. `hf_dir` is a folder with a Hugging Face causal language model."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        hf_dir: Path,
+        constraint: Constraint[Any],
+        *,
+        seed: int = 0,
+        total_steps: int = 1,
+        reference_dir: Path | None = None,
+        place: RankPlace | None = None,
+    ) -> None:
+        self.settings = settings
+        self.place = place or RankPlace()
+        self.hf_dir = Path(hf_dir)
+        self.total_steps = total_steps
+        self._constraint = constraint
+        self._cuda = uses_cuda(settings)
+        self._device = torch.device("cuda", self.place.local_rank) if self._cuda else torch.device("cpu")
+        self._dtype = _DTYPES[settings.dtype]
+        fix_threads(settings, self.place.ranks)
+        torch.manual_seed(seed)
+        join_ranks(settings, self.place)
+        lm = load_language_model(self.hf_dir, torch.float32)
+        self._lm = lm
+        self._describe = describe_module(lm, str(self._dtype).removeprefix("torch."))
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
+        if settings.activation_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._reference: Policy | None = None
+        if reference_dir is not None:
+            frozen = load_language_model(Path(reference_dir), self._dtype).to(self._device)
+            self._reference = Policy(frozen.eval().requires_grad_(False))
+        self._grad_norm = 0.0
+        self._start_engine(Policy(lm))
+        self._outbox = Outbox()
+
+    def _start_engine(self, policy: Policy) -> None:
+        policy.to(self._device)
+        policy.train()  # activation checkpointing asks for it; there is no dropout
+        optimiser = adamw(policy, self.settings)
+        optimiser.register_step_pre_hook(self._before_optimiser_step)
+        self._engine = start_engine(policy, optimiser, self.settings, self.place.ranks)
+        self._adamw = optimiser
+        low_precision = self.settings.dtype is not Precision.FLOAT32
+        self._state = OptimiserState(self._engine, optimiser, self.settings.zero_stage, low_precision)
+        self._names: dict[str, nn.Parameter] = {
+            name.removeprefix("lm."): parameter for name, parameter in self._engine.module.named_parameters()
+        }
+
+    def _before_optimiser_step(self, *_: Any) -> None:
+        """Gradients are summed over ranks here. Raising leaves weights and moments as they were."""
+        if not clips_itself(self.settings) or not self._stepping:
+            return
+        limit = self.settings.grad_clip or math.inf
+        self._grad_norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+        if not math.isfinite(self._grad_norm):
+            raise RunError(_non_finite("gradient norm", self._grad_norm, self.step))
+
+    _stepping = False
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self._state.step
+
+    def steps_taken(self) -> int:
+        """`step` as a call, for a rank in another process."""
+        return self.step
+
+    # -- scores
+
+    def score(self, completions: Completions, temperature: float) -> ScoreOutputs:
+        """Scores of this rank's share, zeros elsewhere; without gradient, by the weights as they are."""
+        batches, table = self._share(completions)
+        outputs = self._score_with(self._engine, batches, table, completions.shape, temperature)
+        if self._reference is not None:
+            reference = self._score_with(self._reference, batches, table, completions.shape, temperature)
+            return ScoreOutputs(**outputs, ref_logp_PGT=reference["logp_PGT"])
+        return ScoreOutputs(**outputs)
+
+    def noise(self, completions: Completions, temperature: float) -> dict[str, float]:
+        """The learner's own gap to float32 on its share: sum, max and count of |difference| of `logp` per token."""
+        batches, table = self._share(completions)
+        own = self._score_with(self._engine, batches, table, completions.shape, temperature)
+        exact = self._score_with(self._float32_twin(), batches, table, completions.shape, temperature)
+        gap_PGT = np.abs(own["logp_PGT"].astype(np.float64) - exact["logp_PGT"])
+        return {
+            "sum": float(gap_PGT.sum()),
+            "max": float(gap_PGT.max(initial=0)),
+            "count": float(own["legal_PGT"].sum()),
+        }
+
+    def _float32_twin(self) -> Policy:
+        """A whole copy in float32 of the weights as the forward pass sees them."""
+        twin = load_language_model(self.hf_dir, torch.float32).to(self._device)
+        parameters = dict(twin.named_parameters())
+        with torch.no_grad():
+            for name, value in self.whole_parameters():
+                parameters[name].copy_(value)
+        return Policy(twin.eval().requires_grad_(False))
+
+    def _share(self, completions: Completions) -> tuple[list[TreeBatch], LegalTable]:
+        pieces = completion_pieces(completions, self.settings.row_tokens)
+        batches = self._deal(pieces)
+        _, members, width = completions.shape
+        slots = np.concatenate([np.zeros(0, dtype=np.int64), *(batch.slot_K.numpy() for batch in batches)])
+        rows = np.unique(slots // (members * width))
+        return batches, replay(self._constraint, completions, [int(row) for row in rows])
+
+    def _deal(self, pieces: Sequence[Piece]) -> list[TreeBatch]:
+        return micro_batches(
+            pieces,
+            row_tokens=self.settings.row_tokens,
+            rows=self.settings.rows,
+            rank=self.place.rank,
+            ranks=self.place.ranks,
+        )
+
+    @torch.no_grad()
+    def _score_with(
+        self,
+        policy: nn.Module,
+        batches: Sequence[TreeBatch],
+        table: LegalTable,
+        shape: tuple[int, int, int],
+        temperature: float,
+    ) -> dict[str, Any]:
+        outputs: dict[str, Any] = {
+            name: np.zeros(shape, dtype=np.float32)
+            for name in ("logp_PGT", "full_logp_PGT", "legal_mass_PGT", "entropy_PGT")
+        }
+        outputs["legal_PGT"] = np.zeros(shape, dtype=np.bool_)
+        for batch in batches:
+            moved = batch.to(self._device)
+            scores = token_scores(policy(moved), moved, self._legal(table, batch), temperature)
+            slots = batch.slot_K.numpy()
+            for name, array in outputs.items():
+                array.reshape(-1)[slots] = getattr(scores, name.replace("_PGT", "_K")).cpu().numpy()
+        return outputs
+
+    def _legal(self, table: LegalTable, batch: TreeBatch) -> Any:
+        sets, place_K, legal_K = table.sets(batch)
+        moved = type(sets)(sets.token_NC.to(self._device), sets.legal_NC.to(self._device))
+        return moved, place_K.to(self._device), legal_K.to(self._device)
+
+    # -- updates
+
+    def update(self, completions: Completions, inputs: UpdateInputs) -> dict[str, float]:
+        """One optimiser step on the whole batch; statistics of this rank's share (`losses.join_statistics`).
+
+        Raises:
+            RunError: the loss or the gradient is not finite; the weights are as before.
+            ValueError: a policy or KL weight on a token that the constraint forbids.
+        """
+        batches, table = self._share(completions)
+        weighted = (inputs.policy_weight_PGT != 0) | (inputs.kl_weight_PGT != 0)
+        parts = []
+        for batch in batches:
+            if (weighted.reshape(-1)[batch.slot_K.numpy()] & ~table.legal_PGT.reshape(-1)[batch.slot_K.numpy()]).any():
+                raise ValueError("a completion with a policy weight is not legal under the constraint")
+            moved = batch.to(self._device)
+            logits_UV = self._engine(moved)
+            scores = token_scores(logits_UV, moved, self._legal(table, batch), inputs.temperature)
+            loss, statistics = token_loss(
+                scores.logp_K, scores.full_logp_K, token_inputs(inputs, moved.slot_K, moved.unit_K)
+            )
+            parts.append(statistics)
+            self._backward(loss, logits_UV)
+        return self._finish_step(join_statistics(parts))
+
+    def update_sft(self, rows: SequenceRows) -> dict[str, float]:
+        """One optimiser step on token sequences: full-vocabulary NLL, mean over all marked tokens of the batch."""
+        pieces = sequence_pieces(rows, self.settings.row_tokens)
+        count = max(sum(len(piece.target_K) for piece in pieces), 1)
+        parts = []
+        for batch in self._deal(pieces):
+            moved = batch.to(self._device)
+            logits_UV = self._engine(moved)
+            nll = -full_log_probabilities(logits_UV, moved).sum()
+            parts.append({"loss": float(nll.detach().double()) / count, "tokens": float(len(batch.target_K))})
+            self._backward(nll / count, logits_UV)
+        return self._finish_step(join_statistics(parts))
+
+    @torch.no_grad()
+    def evaluate_nll(self, rows: SequenceRows) -> dict[str, float]:
+        """Sum of the full-vocabulary NLL over this rank's share, and its number of tokens."""
+        parts = []
+        for batch in self._deal(sequence_pieces(rows, self.settings.row_tokens)):
+            moved = batch.to(self._device)
+            nll = -full_log_probabilities(self._engine(moved), moved).double().sum()
+            parts.append({"nll": float(nll), "tokens": float(len(batch.target_K))})
+        return join_statistics(parts)
+
+    def _backward(self, loss: Tensor, logits_UV: Tensor) -> None:
+        # DeepSpeed divides by the ranks. The zero keeps fillers, and batches without weights, in the graph.
+        self._engine.backward(loss * self.place.ranks + logits_UV[0, 0].float() * 0.0)
+        fault_point("backward")
+
+    def _finish_step(self, statistics: dict[str, float]) -> dict[str, float]:
+        finite = torch.tensor(float(math.isfinite(statistics["loss"])))
+        finite = finite.to(self._device)
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not float(finite):
+            raise RunError(_non_finite("loss", statistics["loss"], self.step))
+        rate = learning_rate(self.settings, self.step, self.total_steps)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        fault_point("optimiser_step")
+        self._stepping = True
+        self._engine.step()
+        self._stepping = False
+        if not clips_itself(self.settings):
+            self._grad_norm = float(self._engine.get_global_grad_norm())
+            if not math.isfinite(self._grad_norm):
+                raise RunError(_non_finite("gradient norm", self._grad_norm, self.step))
+        return statistics
+
+    def step_metrics(self) -> dict[str, float]:
+        """Global gradient norm before clipping, and learning rate, of the last step."""
+        return {"grad_norm": self._grad_norm, "lr": float(self._adamw.param_groups[0]["lr"])}
+
+    # -- weights
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) in the forward pass's type, tied ones once. A collective.
+
+        ZeRO-3 gathers one parameter at a time and the copy is made inside the gather; gathers are never nested.
+        """
+        import deepspeed
+
+        for name, parameter in self._names.items():
+            if self.settings.zero_stage < 3:
+                yield name, parameter.detach()
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            yield name, whole
+
+    def describe_weights(self) -> tuple[list[TensorSpec], dict[str, str]]:
+        """For the weight channel: specs of what travels, and tied names."""
+        return self._describe
+
+    def open_push(self, request: MoverRequest) -> Endpoint | None:
+        """For the weight channel; rank 0 answers."""
+        return self._outbox.open(request) if self.place.rank == 0 else None
+
+    def send_push(self, message: PushMessage) -> Receipt | None:
+        """For the weight channel: all ranks gather, rank 0 sends."""
+        if self.place.rank == 0:
+            return self._outbox.send(message, self._travelling())
+        for _ in self._travelling():
+            pass
+        return None
+
+    def _travelling(self) -> Iterator[tuple[str, Tensor]]:
+        sent = {spec.name for spec in self._describe[0]}
+        yield from ((name, value) for name, value in self.whole_parameters() if name in sent)
+        yield from ((name, value) for name, value in self._lm.named_buffers() if name in sent)
+
+    def answer_probe(self, probe: Probe) -> ProbeAnswer:
+        """For the weight channel: every rank scores the whole probe, because a forward pass is a collective."""
+        logp = self._score_probe(self._engine, probe)
+        noise = None
+        if self.settings.dtype is not Precision.FLOAT32:
+            noise = probe_gap(logp, self._score_probe(self._float32_twin(), probe))
+        return ProbeAnswer(logp=tuple(logp), noise=noise)
+
+    @torch.no_grad()
+    def _score_probe(self, policy: nn.Module, probe: Probe) -> list[FloatArray]:
+        rows = [
+            (np.concatenate([prompt, completion]), np.arange(len(prompt) + len(completion)) >= len(prompt))
+            for prompt, completion in zip(probe.prompts, probe.completions, strict=True)
+        ]
+        longest = max(len(tokens) for tokens, _ in rows)
+        width = -(-longest // 16) * 16
+        scores: list[FloatArray] = []
+        for piece in sequence_pieces(rows, width):
+            batch = lay_out([[piece]], width).to(self._device)
+            scores.append(full_log_probabilities(policy(batch), batch).cpu().numpy())
+        return scores
+
+    # -- disk
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the state into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder, self._state, self._names, self.place.rank, self.place.ranks)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a state written with any number of ranks and any ZeRO stage."""
+        load_state(folder, self._state, self._names, self._shapes)
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the Hugging Face folder; all ranks gather, rank 0 writes."""
+        if self.place.rank == 0:
+            export_hf(folder, self._lm, self.whole_parameters(), self.hf_dir, self._dtype)
+        else:
+            for _ in self.whole_parameters():
+                pass
+
+    def close(self) -> None:
+        """Free the mover and DeepSpeed's hooks."""
+        self._outbox.close()
+        self._engine.destroy()
+
+
+def _non_finite(what: str, value: float, step: int) -> str:
+    return f"{what} {value} in optimiser step {step + 1}; stopped before the step, the last checkpoint stays valid"

@@ -1,0 +1,77 @@
+"""How a learner rank meets the others and starts DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.distributed_c10d import HashStore
+
+from trainer.optimisation import deepspeed_config
+from trainer.settings import Device, LearnerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Which rank this is, and where the ranks meet."""
+
+    rank: int = 0
+    ranks: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 only where there is one rank."""
+    local_rank: int = 0
+
+
+def uses_cuda(settings: LearnerSettings) -> bool:
+    """Whether the learner computes on CUDA here."""
+    return settings.device is Device.CUDA or (settings.device is Device.AUTO and torch.cuda.is_available())
+
+
+def fix_threads(settings: LearnerSettings, ranks: int) -> None:
+    """Set torch's threads: results depend on their number to the last bit."""
+    if not uses_cuda(settings):
+        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def join_ranks(settings: LearnerSettings, place: RankPlace) -> None:
+    """Bring up the process group (gloo on CPU, NCCL on CUDA), unless this process has one."""
+    cuda = uses_cuda(settings)
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank))
+    os.environ.update(WORLD_SIZE=str(place.ranks), LOCAL_SIZE=str(place.ranks))
+    os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+
+    # Only DeepSpeed's inference uses this operator; leaving it out spares every new machine a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    timeout = datetime.timedelta(seconds=settings.timeout_s)
+    backend = "nccl" if cuda else "gloo"
+    if not torch.distributed.is_initialized():
+        meeting: dict[str, Any] = {"init_method": f"tcp://{place.host}:{place.port}"}
+        if place.ranks == 1:
+            meeting = {"store": HashStore()}
+        torch.distributed.init_process_group(
+            backend, rank=place.rank, world_size=place.ranks, timeout=timeout, **meeting
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def start_engine(module: nn.Module, optimiser: torch.optim.AdamW, settings: LearnerSettings, ranks: int) -> Any:
+    """A DeepSpeed engine around `module`."""
+    import deepspeed
+
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
+        return deepspeed.initialize(model=module, optimizer=optimiser, config=deepspeed_config(settings, ranks))[0]
