@@ -17,7 +17,7 @@ from data.dataset import Dataset
 from data.embeddings import cooccurrence_vectors, join_vectors, model_digest, packaged_model, title_vectors
 from data.errors import RequestError
 from data.records import FloatArray
-from data.semantic_ids import given_codes, make_codes
+from data.semantic_ids import check_level_sizes, given_codes, make_codes
 from data.settings import Settings
 
 
@@ -85,14 +85,15 @@ def build_codes(dataset: Dataset, name: str, settings: IdSettings) -> tuple[Code
     asked = _request(dataset, settings)
     if path.exists():
         codes = Codes.load(path)
-        differing = sorted(key for key in asked if codes.provenance.get(key) != asked[key])
+        differing = _differing(asked, codes.provenance)
         if differing:
             legal = "another name, or the settings they were made with (models know items by their codes)"
-            raise RequestError(str(path), f"exists with another {', '.join(differing)}", legal)
+            raise RequestError(str(path), f"exists, made with {', '.join(differing)}", legal)
         return codes, True
     if settings.source is Source.COLUMN:
         codes = given_codes(_column(dataset.items(), settings.column), f"column {settings.column}", asked)
     else:
+        check_level_sizes(settings.level_sizes, dataset.n_items, settings.on_collision)
         vectors, facts = item_vectors(dataset, settings)
         codes = make_codes(
             vectors,
@@ -132,6 +133,18 @@ def _request(dataset: Dataset, settings: IdSettings) -> dict[str, Any]:
         "settings": chosen,
         "model": _model_name(settings),
     }
+
+
+def _differing(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What the existing codes were made with, where that is not what is asked for."""
+    differing = [
+        f"{key} {found.get(key)!r}" for key in ("dataset", "fingerprint", "model") if found.get(key) != asked[key]
+    ]
+    had = found.get("settings")
+    settings = had if isinstance(had, dict) else {}
+    return differing + [
+        f"{key} {settings.get(key)!r}" for key, value in asked["settings"].items() if settings.get(key) != value
+    ]
 
 
 def _model_name(settings: IdSettings) -> str | None:

@@ -60,8 +60,13 @@ def title_vectors(texts: Sequence[str], model: Path) -> FloatArray:
             "source", "title, without sentence-transformers", "install windlass[embeddings], or --source cooccurrence"
         )
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
 
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     encoder = SentenceTransformer(str(model), device="cpu", local_files_only=True)
+    if shows_bars:
+        transformers_logging.enable_progress_bar()
     encoded = encoder.encode(
         list(texts), batch_size=64, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False
     )

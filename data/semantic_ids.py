@@ -48,8 +48,7 @@ def quantise(
     Raises:
         RequestError: more codes at a level than items, or vectors that are not finite.
     """
-    if max(level_sizes) > len(vectors):
-        raise RequestError("level_sizes", max(level_sizes), f"at most {len(vectors)}, the number of items")
+    check_level_sizes(level_sizes, len(vectors), OnCollision.SHARE)
     if not np.isfinite(vectors).all():
         raise RequestError("item vectors", "not finite", "finite numbers")
     residual = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -64,6 +63,16 @@ def quantise(
         codebooks.append(codebook)
         left.append(float((residual**2).sum()) / total if total else 0.0)
     return Quantised(code_NL=np.stack(codes, 1), codebooks=tuple(codebooks), distortion_L=tuple(left))
+
+
+def check_level_sizes(level_sizes: Sequence[int], n_items: int, on_collision: OnCollision) -> None:
+    """Refuse level sizes that cannot work for that many items."""
+    if max(level_sizes) > n_items:
+        raise RequestError("level_sizes", max(level_sizes), f"at most {n_items}, the number of items")
+    paths = math.prod(level_sizes)
+    if on_collision is OnCollision.RESOLVE and paths < n_items:
+        legal = f"sizes whose product is at least {n_items}, the number of items; or on_collision share"
+        raise RequestError("level_sizes", f"{list(level_sizes)} ({paths} paths)", legal)
 
 
 def _kmeans(vectors: FloatArray, size: int, seed: int, iterations: int) -> tuple[IntArray, FloatArray]:
@@ -111,9 +120,7 @@ def resolve_collisions(vectors: FloatArray, quantised: Quantised) -> IntArray:
         RequestError: more items than paths.
     """
     sizes = [len(codebook) for codebook in quantised.codebooks]
-    if math.prod(sizes) < len(vectors):
-        legal = f"level sizes whose product is at least {len(vectors)}, the number of items"
-        raise RequestError("level_sizes", f"{sizes} ({math.prod(sizes)} paths)", legal)
+    check_level_sizes(sizes, len(vectors), OnCollision.RESOLVE)
     code_NL = quantised.code_NL.copy()
     codebooks, last = quantised.codebooks[:-1], quantised.codebooks[-1]
     members: dict[tuple[int, ...], list[int]] = {}
