@@ -101,13 +101,10 @@ def check_ranker(source: Path | str, options: Mapping[str, Option] | None = None
 
 
 def _from_import_path(name: str, options: Mapping[str, Option]) -> Ranker:
-    ranker = _ranker_class(name, options)(**options)
-    if not isinstance(ranker, Ranker):
-        raise RequestError("ranker", name, "a class with score(histories, candidates)")
-    return ranker
+    return _ranker_class(name, options)(**options)
 
 
-def _ranker_class(name: str, options: Mapping[str, Option]) -> type:
+def _ranker_class(name: str, options: Mapping[str, Option]) -> type[Ranker]:
     module_name, _, class_name = name.partition(":")
     try:
         found = importlib.import_module(module_name)
@@ -116,6 +113,8 @@ def _ranker_class(name: str, options: Mapping[str, Option]) -> type:
     class_ = vars(found).get(class_name)
     if not inspect.isclass(class_):
         raise RequestError("ranker", name, f"a class of {module_name}")
+    if not issubclass(class_, Ranker):
+        raise RequestError("ranker", name, "a class with score(histories, candidates)")
     try:
         inspect.signature(class_).bind(**options)
     except TypeError as error:

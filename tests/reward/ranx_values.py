@@ -11,7 +11,7 @@ import sys
 
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
-from ranx import Qrels, Run, evaluate  # noqa: E402  (the variable comes first)
+from ranx import Qrels, Run, evaluate
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ def test_three_failed_steps_in_a_row_stop_and_a_good_one_between_resets() -> Non
     tracker = FailureTracker(SETTINGS)
     assert [tracker.observe(step(n)).stop for n in (1, 1, 0, 1, 1)] == [False] * 5
     verdict = tracker.observe(step(1))
-    assert verdict.stop and "3 steps in a row" in verdict.message
+    assert verdict.stop
+    assert "3 steps in a row" in verdict.message
 
 
 def test_count_survives_a_checkpoint_and_starts_anew_after_a_stop() -> None:

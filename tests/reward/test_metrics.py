@@ -90,7 +90,9 @@ def test_metrics_are_monotone_in_k_and_bounded() -> None:
     report = evaluate(random.integers(-1, 30, (50, 20)).astype(np.int32), random.integers(0, 30, 50), KS, n_items=30)
     for metric in (RankingMetric.HR, RankingMetric.NDCG, RankingMetric.MRR, RankingMetric.COVERAGE):
         values = [report.values[at(metric, k)] for k in KS]
-        assert values == sorted(values) and 0 <= values[0] and values[-1] <= 1
+        assert values == sorted(values)
+        assert values[0] >= 0
+        assert values[-1] <= 1
 
 
 @pytest.mark.parametrize(
