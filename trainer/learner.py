@@ -31,7 +31,7 @@ from trainer.learner_state import OptimiserState, load_state, save_state
 from trainer.legal import LegalTable, replay
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
-from trainer.optimisation import adamw, clips_itself, deepspeed_config, learning_rate
+from trainer.optimisation import adamw, clips_itself, learning_rate
 from trainer.policy import Policy, full_log_probabilities, load_language_model, token_scores
 from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
 from trainer.settings import LearnerSettings, Precision

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.distributed_c10d import HashStore
 
 from trainer.optimisation import deepspeed_config
 from trainer.settings import Device, LearnerSettings
@@ -61,7 +60,7 @@ def join_ranks(settings: LearnerSettings, place: RankPlace) -> None:
     if not torch.distributed.is_initialized():
         meeting: dict[str, Any] = {"init_method": f"tcp://{place.host}:{place.port}"}
         if place.ranks == 1:
-            meeting = {"store": HashStore()}
+            meeting = {"store": torch.distributed.HashStore()}  # type: ignore[attr-defined]
         torch.distributed.init_process_group(
             backend, rank=place.rank, world_size=place.ranks, timeout=timeout, **meeting
         )
