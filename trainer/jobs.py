@@ -16,6 +16,7 @@ from data.errors import RequestError
 from data.settings import Settings
 from data.settings_data import InteractionSettings, PromptSettings
 from reward.settings import RewardSettings
+from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
 from trainer.objective_settings import ObjectiveSettings
 from trainer.ranker_settings import RankerSettings
@@ -64,6 +65,8 @@ class PolicyJobSettings(JobSettings):
     """The DeepSpeed learners."""
     rollout: RolloutSettings = RolloutSettings()
     """The fleet of engines (for evaluation, and for rollouts in `rl`)."""
+    weights: ChannelSettings = ChannelSettings()
+    """How new weights reach the fleet."""
     cluster: ClusterSettings = ClusterSettings()
     """The Ray cluster."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.records import Kind, ScoredGroups
+from trainer.trees import Completions
 
 KIND_CODE = {Kind.ROLLOUT: 0, Kind.ANCHOR: 1, Kind.GROUND_TRUTH: 2}
 """Codes of `kind_PG`."""
@@ -47,14 +48,25 @@ class Members:
         return self.token_mask_PGT.sum(-1)
 
 
-def rollout_members(scored: ScoredGroups) -> Members:
-    """Members of single-item groups as they were rolled out: every token belongs to list position 0."""
-    groups = scored.groups
-    valid_PG = groups.valid_PG & scored.usable_P[:, None]
-    steps_T = np.arange(groups.token_PGT.shape[2])
-    segment_PGT = np.where(steps_T < groups.length_PG[..., None], 0, PADDING)
-    return Members(
+def with_ground_truth(scored: ScoredGroups, completions: Completions, *, added: bool) -> tuple[Members, Tensor]:
+    """Members of single-item groups, and their rewards `[P, G]`.
+
+    Args:
+        completions: the groups' completions, with one further member each when `added`.
+        added: whether the last member is the ground truth, which has no reward (its column is 0).
+    """
+    token_mask_PGT = completions.token_mask_PGT
+    valid_PG = completions.valid_PG & scored.usable_P[:, None]
+    kind_PG = np.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=np.int64)
+    reward_PG = torch.from_numpy(scored.reward_PG)
+    if added:
+        # The ground truth needs no reward, so it stays in groups whose rewards failed.
+        valid_PG[:, -1] = completions.valid_PG[:, -1]
+        kind_PG[:, -1] = KIND_CODE[Kind.GROUND_TRUTH]
+        reward_PG = torch.cat([reward_PG, torch.zeros_like(reward_PG[:, :1])], dim=1)
+    members = Members(
         valid_PG=torch.from_numpy(valid_PG),
-        kind_PG=torch.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=torch.int64),
-        segment_PGT=torch.from_numpy(segment_PGT.astype(np.int64)),
+        kind_PG=torch.from_numpy(kind_PG),
+        segment_PGT=torch.from_numpy(np.where(token_mask_PGT, 0, PADDING).astype(np.int64)),
     )
+    return members, reward_PG

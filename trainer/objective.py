@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data.records import Kind
-from trainer.advantage import group_advantages, masked_moments
+from trainer.advantage import group_advantages
 from trainer.aggregation import token_weights
 from trainer.members import KIND_CODE, Members
 from trainer.objective_settings import ObjectiveSettings
@@ -51,7 +50,7 @@ def objective_coefficients(
         nll_weight_PGT=_nll_weights(members) * settings.nll_weight,
         live_P=live_P,
     )
-    return coefficients, _metrics(rollouts, reward_PG, advantage_PG, live_P)
+    return coefficients, _metrics(rollouts, advantage_PG, live_P)
 
 
 def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
@@ -61,24 +60,14 @@ def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
     return mask / mask.sum(-1, keepdim=True).clamp_min(1) / mask.shape[0]
 
 
-def _metrics(rollouts: Members, reward_PG: Tensor, advantage_PG: Tensor, live_P: Tensor) -> dict[str, float]:
+def _metrics(rollouts: Members, advantage_PG: Tensor, live_P: Tensor) -> dict[str, float]:
     valid_PG = rollouts.valid_PG
     scored_P = valid_PG.any(1)
-    mean_P, std_P = masked_moments(reward_PG, valid_PG, ddof=0)
-    scored = int(scored_P.sum())
-    top_P = reward_PG.masked_fill(~valid_PG, -torch.inf).amax(1)
-
-    def over_scored(value_P: Tensor) -> float:
-        return float(value_P[scored_P].double().mean()) if scored else float("nan")
-
     return {
-        "reward/mean": over_scored(mean_P),
-        "reward/std": over_scored(std_P),
-        "reward/max": over_scored(top_P),
-        "groups/scored_share": scored / len(live_P),
+        "groups/scored_share": float(scored_P.double().mean()),
         "groups/live_share": float((live_P & scored_P).double().mean()),
         "groups/zero_variance_share": float((~live_P & scored_P).double().mean()),
-        "groups/members": over_scored(valid_PG.sum(1)),
+        "groups/members": float(valid_PG.sum(1).double().mean()),
         "advantage/sum": float(advantage_PG.double().sum()),
-        "advantage/abs_mean": float(advantage_PG[valid_PG].abs().double().mean()) if scored else float("nan"),
+        "advantage/abs_mean": float(advantage_PG.abs().double().sum() / valid_PG.sum().clamp_min(1)),
     }

@@ -49,8 +49,8 @@ class Ratio(StrEnum):
 class ObjectiveSettings(Settings):
     """GRPO and its switches."""
 
-    std_mode: StdMode = StdMode.POPULATION
-    """Divisor of the centred rewards: population, sample (ReRe), or none (Dr.GRPO)."""
+    std_mode: StdMode = StdMode.SAMPLE
+    """Divisor of the centred rewards: population, sample (TRL, ReRe), or none (Dr.GRPO)."""
     eps: float = Field(1e-4, gt=0, le=1.0)
     """Added to the standard deviation. A group without variance has advantage 0 exactly, whatever this is."""
     aggregation: Aggregation = Aggregation.SEQUENCE_MEAN

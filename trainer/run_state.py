@@ -34,6 +34,8 @@ class RunState:
     """Position of the feed, with the fingerprint of its dataset."""
     failures: dict[str, Any] = field(default_factory=dict)
     """State of the reward failure tracker."""
+    noise: dict[str, float] | None = None
+    """The learner's own gap to float32, as measured last; none for a learner in float32."""
 
     def save(self, folder: Path) -> None:
         """Write the file into a checkpoint that is being written."""
@@ -67,7 +69,7 @@ class RunState:
         return replace(self, evaluations_without_rise=self.evaluations_without_rise + 1)
 
 
-def finished(
+def limit_met(
     state: RunState, *, epochs: float, limits: LimitSettings, early_stopping: EarlyStoppingSettings
 ) -> str | None:
     """Why the run is over, as the name of the limit that was met; none while it goes on.

@@ -11,7 +11,7 @@ import pytest
 
 from data.errors import RequestError
 from trainer.run_settings import EarlyStoppingSettings, LimitSettings
-from trainer.run_state import FILE, RunState, finished
+from trainer.run_state import FILE, RunState, limit_met
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -38,12 +38,12 @@ def test_step_zero_is_a_candidate_and_ties_keep_the_earlier() -> None:
 
 def test_limits() -> None:
     none = EarlyStoppingSettings()
-    assert finished(RunState(step=4), epochs=0, limits=LimitSettings(max_steps=5), early_stopping=none) is None
-    assert finished(RunState(step=5), epochs=0, limits=LimitSettings(max_steps=5), early_stopping=none) == "max_steps"
-    assert finished(RunState(), epochs=2.0, limits=LimitSettings(max_epochs=2), early_stopping=none) == "max_epochs"
+    assert limit_met(RunState(step=4), epochs=0, limits=LimitSettings(max_steps=5), early_stopping=none) is None
+    assert limit_met(RunState(step=5), epochs=0, limits=LimitSettings(max_steps=5), early_stopping=none) == "max_steps"
+    assert limit_met(RunState(), epochs=2.0, limits=LimitSettings(max_epochs=2), early_stopping=none) == "max_epochs"
     hours = LimitSettings(max_hours=0.5)
-    assert finished(RunState(elapsed_s=1799), epochs=0, limits=hours, early_stopping=none) is None
-    assert finished(RunState(elapsed_s=1800), epochs=0, limits=hours, early_stopping=none) == "max_hours"
+    assert limit_met(RunState(elapsed_s=1799), epochs=0, limits=hours, early_stopping=none) is None
+    assert limit_met(RunState(elapsed_s=1800), epochs=0, limits=hours, early_stopping=none) == "max_hours"
     patience = EarlyStoppingSettings(patience=2)
     tired = RunState(evaluations_without_rise=2)
-    assert finished(tired, epochs=0, limits=LimitSettings(max_steps=5), early_stopping=patience) == "early_stopping"
+    assert limit_met(tired, epochs=0, limits=LimitSettings(max_steps=5), early_stopping=patience) == "early_stopping"

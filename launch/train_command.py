@@ -1,0 +1,71 @@
+"""The body of `windlass train`: from a job and its run directory to a summary on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from data.dataset import Dataset
+from launch.cluster import cluster
+from launch.memory import MemorySampler
+from launch.run_directory import RunDirectory
+from trainer.interruption import Interruption
+from trainer.jobs import Job, PolicyJobSettings, RankerJob, RlJob, SftJob
+from trainer.run_log import RunLog
+
+
+def train(job: Job, run: RunDirectory) -> dict[str, Any]:
+    """Run a job to its end in a cluster of its own, and write summary.json.
+
+    Raises:
+        RequestError: something the job names is absent or does not fit.
+        RunError: the run failed; its last checkpoint stays valid.
+    """
+    with Interruption() as interruption, MemorySampler() as memory:
+        if isinstance(job, RankerJob):
+            summary = train_ranker_job(job, run, interruption)
+        else:
+            with cluster(job.cluster):
+                summary = train_policy_job(job, run, interruption)
+        summary["peak_pss_gib"] = memory.peak_pss_gib
+    run.write_summary(summary)
+    return summary
+
+
+def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
+    """Run an `sft` or `rl` job in the connected cluster; returns the summary without writing it."""
+    from trainer.policy_jobs import run_rl, run_sft
+
+    if isinstance(job, SftJob):
+        return run_sft(job, run.path, interruption)
+    if isinstance(job, RlJob):
+        return run_rl(job, run.path, interruption)
+    raise TypeError(f"{type(job).__name__} is no policy job")
+
+
+def train_ranker_job(job: RankerJob, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
+    """Train a ranker in this process into `RUN/ranker`."""
+    from trainer.ranker_training import resumed_step, train_ranker
+
+    begun = time.monotonic()
+    folder = run.path / "ranker"
+    with RunLog(
+        run.path, job.tracking, resumed_step=resumed_step(folder), headline=("loss", job.evaluation.metric)
+    ) as log:
+
+        def write(step: int, metrics: Mapping[str, float]) -> None:
+            log.write(step, metrics)
+
+        trained = train_ranker(
+            job, Dataset.open(job.data.dataset), folder, log=write, interrupted=lambda: interruption.requested
+        )
+    return {
+        "job": "ranker",
+        "ranker": str(folder),
+        "interrupted": interruption.requested,
+        "wall_seconds": time.monotonic() - begun,
+        "digest": trained.digest,
+        "selection": {"metric": job.evaluation.metric, "best_step": trained.step, "best_score": trained.value},
+        "ended_by": trained.stopped,
+    }

@@ -1,0 +1,171 @@
+"""The jobs that train the policy, from a configuration to a summary: `sft` and `rl`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.feed import Feed
+from reward.failures import FailureTracker
+from reward.scoring import RewardScorer
+from reward.service import RewardService
+from trainer.interruption import Interruption
+from trainer.jobs import PolicyJobSettings, RlJob, SftJob
+from trainer.loop import ReplayLoop, RlLoop
+from trainer.policy_data import PolicyData
+from trainer.policy_run import PolicyRun, policy_run
+from trainer.rollout_only import dump_rollouts
+from trainer.run_log import METRICS, read_metrics
+from trainer.sft import SftLoop, WindowFeed
+
+SFT_HEADLINE = ("loss", "lr", "ndcg@10")
+RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean", "ndcg@10")
+
+
+def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
+    """Train on whole sequences; Ray must be connected. Returns the summary."""
+    begun = time.monotonic()
+    data = PolicyData.open(job)
+    feed = WindowFeed(
+        sequences=data.dataset.sequences("train"),
+        catalogue=data.catalogue,
+        history=job.data.history,
+        batch_rows=job.batch_rows,
+        seed=job.seed,
+        fingerprint=data.dataset.fingerprint,
+    )
+    total = total_steps(job, feed.batches_per_epoch)
+    with policy_run(job, data, run_dir, interruption, total_steps=total, headline=SFT_HEADLINE) as run:
+        _restore_cursor(run, feed)
+        loop = SftLoop(settings=job, job=job, host=run, state=run.state, feed=feed, learners=run.learners)
+        reason = loop.run()
+        return summary(run, loop, reason, time.monotonic() - begun)
+
+
+def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
+    """Train on rollouts, or only dump them, or train from a dump; Ray must be connected. Returns the summary."""
+    begun = time.monotonic()
+    data = PolicyData.open(job)
+    feed = Feed(
+        data.dataset.samples("train"), data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint
+    )
+    if job.rollout_only is not None:
+        with reward_scorer(job) as (rewards, _):
+            return dump_rollouts(job, data, feed, rewards, run_dir, interruption)
+    total = total_steps(job, feed.batches_per_epoch) * job.objective.updates * job.objective.minibatches
+    with ExitStack() as stack:
+        run = stack.enter_context(
+            policy_run(
+                job,
+                data,
+                run_dir,
+                interruption,
+                total_steps=total,
+                headline=RL_HEADLINE,
+                with_fleet=job.train_only is None,
+            )
+        )
+        rewards, service = stack.enter_context(reward_scorer(job))
+        _restore_cursor(run, feed)
+        tracker = FailureTracker(job.reward)
+        if run.state.failures:
+            tracker.load_state_dict(run.state.failures)
+        common: dict[str, Any] = {
+            "settings": job,
+            "job": job,
+            "host": run,
+            "state": run.state,
+            "feed": feed,
+            "learners": run.learners,
+            "tracker": tracker,
+            "item_tokens": data.catalogue.tokens,
+            "max_tokens": data.catalogue.trie().depth,
+        }
+        if job.train_only is not None:
+            loop: RlLoop = ReplayLoop(
+                **common, rewards=rewards, folder=job.train_only, catalogue_digest=data.catalogue.digest
+            )
+        else:
+            loop = RlLoop(**common, rollouts=run.started_fleet, rewards=rewards)
+        reason = loop.run()
+        result = summary(run, loop, reason, time.monotonic() - begun)
+        result["reward"] = {
+            "backend": "ray-serve" if service is not None else "rules",
+            "requests": 0 if rewards.client is None else rewards.client.requests,
+        }
+        return result
+
+
+@contextmanager
+def reward_scorer(job: RlJob) -> Iterator[tuple[RewardScorer, RewardService | None]]:
+    """The scorer of a job, with its service when a ranker is asked."""
+    if not job.reward.asks_ranker:
+        yield RewardScorer(job.reward, None), None
+        return
+    service = RewardService.start(job.reward)
+    try:
+        yield RewardScorer(job.reward, service.client()), service
+    finally:
+        service.close()
+
+
+def total_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
+    """Steps the job takes if nothing ends it early: the length of the learning-rate schedule."""
+    limits = job.limits
+    by_epochs = None if limits.max_epochs is None else math.ceil(limits.max_epochs * batches_per_epoch)
+    known = [steps for steps in (limits.max_steps, by_epochs) if steps is not None]
+    # Limited by time alone: the schedule spans one epoch and stays at its end.
+    return max(1, min(known)) if known else batches_per_epoch
+
+
+def _restore_cursor(run: PolicyRun, feed: Feed | WindowFeed) -> None:
+    if run.state.cursor:
+        message = feed.load_state_dict(run.state.cursor)
+        if message is not None:
+            run.run_log.say(message)
+
+
+def summary(run: PolicyRun, loop: RlLoop | SftLoop, reason: str, seconds: float) -> dict[str, Any]:
+    """What `summary.json` says about a run."""
+    steps = read_metrics(run.run_dir / METRICS)
+    best = run.store.best()
+    learner = run.job.learner
+    result: dict[str, Any] = {
+        "job": run.job.job,
+        "steps": loop.state.step,
+        "ended_by": reason,
+        "interrupted": reason == "interrupted",
+        "selection": {
+            "metric": run.job.evaluation.metric,
+            "best_step": loop.state.best_step,
+            "best_score": loop.state.best_score,
+            "candidates": [s["step"] for s in steps if run.job.evaluation.metric in s],
+            "initial_model_is_step": 0,
+        },
+        "best_checkpoint": None if best is None else str(best),
+        "wall_seconds": seconds,
+        "weight_versions": weight_versions(steps),
+        "learner": {"backend": "deepspeed", "zero_stage": learner.zero_stage, "ranks": learner.ranks},
+    }
+    if run.fleet is not None:
+        result["engine"] = run.fleet.describe()
+    gaps = [(s["policy_gap/mean"], s["policy_gap/max"]) for s in steps if "policy_gap/mean" in s]
+    if gaps:
+        noise = [s["policy_gap/noise_mean"] for s in steps if "policy_gap/noise_mean" in s]
+        result["policy_gap"] = {
+            "mean": float(np.mean([mean for mean, _ in gaps])),
+            "max": float(np.max([most for _, most in gaps])),
+            "noise": float(np.mean(noise)) if noise else None,
+        }
+    return result
+
+
+def weight_versions(steps: list[dict[str, Any]]) -> list[int]:
+    """Versions that answered rollouts, in order, without repeats."""
+    return sorted({int(s["weight_version"]) for s in steps if "weight_version" in s})

@@ -1,0 +1,239 @@
+"""The processes of a policy job, and what its loop leaves to them: push, evaluate, log, keep.
+
+    with policy_run(job, data, run_dir, interruption, log) as run: run.train()
+
+The order of starting is learners, then fleet, because both read the same `hf` folder and learners refuse a bad one
+first; whatever was started is ended, also when a later part fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollout.channel import PushReport, WeightChannel
+from rollout.fleet import RolloutFleet
+from rollout.peers import RayPeer
+from rollout.probe import item_probe
+from trainer.checkpoints import CheckpointStore, open_checkpoint
+from trainer.evaluation import Evaluation, Evaluator
+from trainer.initial_model import prepare_initial_model
+from trainer.interruption import Interruption
+from trainer.jobs import RlJob, SftJob
+from trainer.learner_group import LearnerGroup
+from trainer.policy_data import PolicyData
+from trainer.row_metrics import RowMetrics, write_row_metrics
+from trainer.run_log import RunLog
+from trainer.run_state import RunState
+from trainer.settings import Precision
+
+STATE = "state"
+"""Folder of the learners' state inside a checkpoint."""
+HF = "hf"
+"""Folder of the exported model inside a checkpoint."""
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass
+class PolicyRun:
+    """The running parts; the `Host` of a training loop."""
+
+    job: SftJob | RlJob
+    data: PolicyData
+    run_dir: Path
+    store: CheckpointStore
+    learners: LearnerGroup
+    fleet: RolloutFleet | None
+    channel: WeightChannel | None
+    evaluator: Evaluator
+    run_log: RunLog
+    interruption: Interruption
+    state: RunState
+    """Where the run begins: fresh, or from its newest checkpoint."""
+    hf_dir: Path
+    """The initial model."""
+    _scored: tuple[int, float] | None = None
+    versions: list[int] = dataclasses.field(default_factory=list)
+    """Weight versions that became visible, in order."""
+
+    @property
+    def started_fleet(self) -> RolloutFleet:
+        """The fleet of a run that has one."""
+        if self.fleet is None:
+            raise ValueError("this run was started without a fleet")
+        return self.fleet
+
+    def push(self, version: int) -> Metrics:
+        """See `trainer.training_loop.Host`; nothing to do without a fleet."""
+        if self.channel is None:
+            return {}
+        report = self.channel.push(version)
+        self.versions.append(version)
+        return push_metrics(report)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """See `trainer.training_loop.Host`; none without a fleet."""
+        if self.fleet is None:
+            return None
+        evaluation = self.evaluator.run(self.fleet)
+        self._scored = step, evaluation.items.values[self.job.evaluation.metric]
+        write_rows(self.run_dir, f"step-{step:06d}", evaluation, self.data, split="valid")
+        return evaluation
+
+    def save(self, state: RunState) -> None:
+        """See `trainer.training_loop.Host`."""
+        score = self._scored[1] if self._scored is not None and self._scored[0] == state.step else None
+        metric = None if score is None else self.job.evaluation.metric
+        with self.store.writing(state.step, self.data.facts, metric=metric, score=score) as folder:
+            self.learners.save(folder / STATE)
+            self.learners.export_hf(folder / HF)
+            state.save(folder)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """See `trainer.training_loop.Host`."""
+        if self.fleet is not None:
+            violations = {f"constraint/{reason}": float(n) for reason, n in self.fleet.violations.items()}
+            metrics = metrics | violations | {"constraint.violations": float(sum(violations.values()))}
+        self.run_log.write(step, metrics)
+
+    def interrupted(self) -> bool:
+        """See `trainer.training_loop.Host`."""
+        return self.interruption.requested
+
+
+def push_metrics(report: PushReport) -> Metrics:
+    """Metrics of a push."""
+    return {
+        "push/probe_gap_max": max((gap.max for gap in report.gap.values()), default=0.0),
+        "push/probe_limit_max": report.limit.max,
+        "push/mib": report.nbytes / 2**20,
+        "push/replaced_engines": float(len(report.replaced)),
+        "perf/push_gib_per_s": report.nbytes / 2**30 / max(report.seconds["transfer"], 1e-9),
+        **{f"time/push_{phase}": seconds for phase, seconds in report.seconds.items() if phase != "total"},
+    }
+
+
+def write_rows(run_dir: Path, name: str, evaluation: Evaluation, data: PolicyData, *, split: str) -> None:
+    """Keep the values per row of an evaluation, for paired comparisons."""
+    write_row_metrics(
+        run_dir,
+        RowMetrics(
+            name=name,
+            split=split,
+            dataset=data.dataset.fingerprint,
+            sample_id_N=evaluation.rows,
+            user_id_N=evaluation.user_id_N,
+            value_N={metric: values.astype(np.float32) for metric, values in evaluation.items.rows.items()},
+        ),
+    )
+
+
+@contextmanager
+def policy_run(
+    job: SftJob | RlJob,
+    data: PolicyData,
+    run_dir: Path,
+    interruption: Interruption,
+    *,
+    total_steps: int,
+    headline: tuple[str, ...],
+    with_fleet: bool = True,
+) -> Iterator[PolicyRun]:
+    """Start the parts of a job in the connected Ray cluster, continue from the newest checkpoint, end them all.
+
+    Args:
+        job: what to run.
+        data: what it reads.
+        run_dir: the run's folder.
+        interruption: asked between steps.
+        total_steps: length of the learning-rate schedule.
+        headline: metrics that progress shows.
+        with_fleet: whether engines are started (not for training from a dump).
+
+    Raises:
+        RequestError: a checkpoint or model that does not fit, or settings that this machine cannot meet.
+        RunError: a part did not come up.
+    """
+    store = CheckpointStore(run_dir / "checkpoints", job.checkpoints)
+    newest = store.latest()
+    state = RunState()
+    if newest is not None:
+        open_checkpoint(newest, data.facts)
+        state = RunState.load(newest)
+    # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
+    hf_dir = prepare_initial_model(
+        job.init,
+        data.catalogue,
+        seed=job.seed,
+        dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
+        target=run_dir / "initial",
+    )
+    reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
+    with ExitStack() as stack:
+        learners = LearnerGroup.start(
+            job.learner,
+            hf_dir,
+            data.catalogue,
+            job.seed,
+            total_steps,
+            reference_dir=reference,
+        )
+        stack.callback(learners.close)
+        fleet = channel = None
+        if with_fleet:
+            fleet = RolloutFleet.start(job.rollout, hf_dir, data.catalogue)
+            stack.callback(fleet.close)
+            channel = weight_channel(job, data, learners, fleet)
+        if newest is not None:
+            learners.load(newest / STATE)
+        run_log = stack.enter_context(
+            RunLog(
+                run_dir,
+                job.tracking,
+                resumed_step=state.step if newest is not None else None,
+                total_steps=total_steps,
+                config=job.model_dump(mode="json"),
+                headline=headline,
+            )
+        )
+        if newest is not None:
+            run_log.say(f"continuing from {newest}")
+        yield PolicyRun(
+            job=job,
+            data=data,
+            run_dir=run_dir,
+            store=store,
+            learners=learners,
+            fleet=fleet,
+            channel=channel,
+            evaluator=data.evaluator(job),
+            run_log=run_log,
+            interruption=interruption,
+            state=state,
+            hf_dir=hf_dir,
+        )
+
+
+def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup, fleet: RolloutFleet) -> WeightChannel:
+    """The channel from the learners to the fleet; a failed engine is restarted in place."""
+
+    def replaced(engine_id: str) -> RayPeer:
+        return RayPeer(engine_id, [fleet.restart(engine_id)])
+
+    catalogue = data.catalogue
+    paths = [catalogue.tokens(item) for item in range(catalogue.n_items)]
+    types: set[Any] = {job.learner.dtype.value, job.rollout.dtype.value}
+    return WeightChannel(
+        settings=job.weights,
+        source=learners.source,
+        engines={engine_id: RayPeer(engine_id, [actor]) for engine_id, actor in fleet.engines.items()},
+        probe=item_probe(paths, bos=catalogue.vocabulary.bos, seed=job.seed),
+        dtype="bfloat16" if "bfloat16" in types else "float32",
+        replace=replaced,
+    )

@@ -1,0 +1,105 @@
+"""Supervised training on whole sequences with the full-vocabulary NLL.
+
+Every event of a user's sequence is the target of one window per epoch (`data.feed.sequence_windows`); a step takes
+`batch_rows` windows and normalises by all their target tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data.catalogue import Catalogue
+from data.dataset import Sequences
+from data.errors import RequestError
+from data.feed import sequence_windows
+from data.records import BoolArray, IntArray
+from trainer.jobs import SftJob
+from trainer.learner_group import LearnerGroup
+from trainer.training_loop import Metrics, TrainingLoop
+
+Windows = list[tuple[IntArray, BoolArray]]
+
+
+@dataclasses.dataclass
+class WindowFeed:
+    """Batches of sequence windows; its state is an epoch and a batch."""
+
+    sequences: Sequences
+    catalogue: Catalogue
+    history: int
+    batch_rows: int
+    seed: int
+    fingerprint: str
+    epoch: int = 0
+    batch: int = 0
+    _windows: Windows | None = None
+
+    def next(self) -> Windows:
+        """The next batch; the last one of an epoch may be smaller."""
+        if self._windows is None:
+            self._windows = self._of_epoch()
+        if self.batch == self.batches_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._windows = self._of_epoch()
+        start = self.batch * self.batch_rows
+        self.batch += 1
+        return self._windows[start : start + self.batch_rows]
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of the present epoch."""
+        if self._windows is None:
+            self._windows = self._of_epoch()
+        return -(-len(self._windows) // self.batch_rows)
+
+    def _of_epoch(self) -> Windows:
+        windows = sequence_windows(self.sequences, self.catalogue, self.history, self.seed, self.epoch)
+        if not windows:
+            raise RequestError(
+                "data.dataset", "no sequence of two events to train on", "a dataset with longer histories"
+            )
+        return windows
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The cursor, for a checkpoint."""
+        return {
+            "fingerprint": self.fingerprint,
+            "batch_rows": self.batch_rows,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "batch": self.batch,
+        }
+
+    def load_state_dict(self, state: dict[str, int | str]) -> str | None:
+        """Continue from a cursor; returns a message when it is of other data and the feed starts anew."""
+        own = self.state_dict()
+        differing = [key for key in ("fingerprint", "batch_rows", "seed") if state.get(key) != own[key]]
+        if differing:
+            self.epoch = self.batch = 0
+            return f"the data cursor starts anew: {', '.join(differing)} differ from the checkpoint's"
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        self._windows = None
+        return None
+
+
+@dataclasses.dataclass(kw_only=True)
+class SftLoop(TrainingLoop):
+    """Steps of supervised training."""
+
+    job: SftJob
+    feed: WindowFeed
+    learners: LearnerGroup
+
+    pushes_every_step = False
+
+    def epochs(self) -> float:
+        """Passes over the sequences so far."""
+        return self.feed.epoch + self.feed.batch / self.feed.batches_per_epoch
+
+    def step(self) -> Metrics:
+        """One optimiser step on a batch of windows."""
+        rows = self.feed.next()
+        with self.timer.phase("update"):
+            metrics: Metrics = dict(self.learners.update_sft(rows))
+        self.state = dataclasses.replace(self.state, step=self.state.step + 1, cursor=dict(self.feed.state_dict()))
+        return metrics | {"epoch": self.epochs(), "rows": float(len(rows))}
