@@ -135,6 +135,14 @@ def test_compare_pairs_rows() -> None:
     assert "+0.0100" in table(answer, "a", "b")
 
 
+def test_compare_resamples_users_not_rows() -> None:
+    per_user = np.repeat(np.random.default_rng(1).normal(size=100), 2)
+    difference = compare(rows(np.zeros(200)), rows(per_user))["differences"]["ndcg@10"]
+    # Both rows of a user are equal, so there are 100 independent values, not 200.
+    expected = 2 * 1.96 * per_user.std() / np.sqrt(100)
+    assert difference["high"] - difference["low"] == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
