@@ -6,6 +6,7 @@ see a reason and try again.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import uuid
@@ -45,81 +46,45 @@ def require_token(host: str, settings: RewardSettings) -> str | None:
 class RewardService:
     """A running reward service, started here or elsewhere."""
 
-    def __init__(
-        self, settings: RewardSettings, *, address: str, handle: Any, app_name: str | None, owned: bool
-    ) -> None:
+    def __init__(self, settings: RewardSettings, *, address: str, handle: Any, app_name: str | None) -> None:
         self.settings = settings
         self.address = address
         """Base URL, e.g. http://127.0.0.1:41234."""
         self._handle = handle
         self._app_name = app_name
-        self._owned = owned
 
     @classmethod
     def start(cls, settings: RewardSettings) -> RewardService:
         """Start the application in the connected Ray cluster and wait until it scores.
 
-        With `settings.url` nothing is started: the service there is used. Where Ray Serve already runs in the cluster,
-        its address is used and the application gets a path of its own.
+        With `settings.url` nothing is started: the service there is used. Where Ray Serve already runs an application
+        in the cluster, this one gets a path of its own beside it.
 
         Raises:
             RequestError: no ranker, a ranker that cannot be loaded, an address without the token, a port in use.
             RunError: the application did not come up.
         """
         if settings.url is not None:
-            return cls(settings, address=settings.url, handle=None, app_name=None, owned=False)
+            return cls(settings, address=settings.url, handle=None, app_name=None)
         if settings.ranker is None:
             raise RequestError("reward.ranker", "none", "a ranker: the service has nothing to score with")
         token = require_token(settings.host, settings)
         check_ranker(settings.ranker, settings.ranker_options)
 
         from ray import serve
-        from ray.serve.schema import LoggingConfig
 
-        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        running = _serve_address()
-        if running is None:
-            host, port = settings.host, settings.port or free_port(settings.host)
-            check_port(host, port)
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
-        else:
-            host, port = running
-            token = require_token(host, settings)
-        owned = running is None
-        app_name = NAME if owned else f"{NAME}-{uuid.uuid4().hex[:8]}"
-        prefix = "/" if owned else f"/{app_name}"
-        options = ReplicaOptions(
-            ranker=_absolute(settings.ranker),
-            ranker_options=settings.ranker_options,
-            chunk=settings.chunk,
-            threads=settings.threads,
-            deadline_s=settings.deadline_s,
-            max_body_bytes=int(settings.max_body_mib * 2**20),
-            token=token,
-        )
-        deployment = serve.deployment(
-            serve.ingress()(RewardReplica),
-            name="RewardReplica",
-            num_replicas=settings.replicas,
-            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
-            max_ongoing_requests=64,
-            health_check_period_s=2.0,
-            health_check_timeout_s=10.0,
-            graceful_shutdown_timeout_s=1.0,
-            graceful_shutdown_wait_loop_s=0.2,
-            max_constructor_retry_count=2,
-            logging_config=quiet,
-        )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        host, port = _serve_at(settings)
+        app_name = f"{NAME}-{uuid.uuid4().hex[:8]}"
+        prefix = f"/{app_name}" if serve.status().applications else "/"
+        service = cls(settings, address=_url(host, port, prefix), handle=None, app_name=app_name)
+        deployment = _deployment(settings).bind(_options(settings, token))
         try:
-            handle = serve.run(deployment.bind(options), name=app_name, route_prefix=prefix, logging_config=quiet)
+            service._handle = serve.run(deployment, name=app_name, route_prefix=prefix, logging_config=_quiet())
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            service = cls(settings, address="", handle=None, app_name=app_name, owned=owned)
             service.close()
-            raise RunError(f"the reward service did not start: {reason}") from error
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{port}{prefix.rstrip('/')}"
-        return cls(settings, address=address, handle=handle, app_name=app_name, owned=owned)
+            raise RunError(f"the reward service did not start: {' '.join(str(error).split())}") from error
+        return service
 
     def client(self) -> RewardClient:
         """A client with the configured transport; a service elsewhere is always called over HTTP."""
@@ -128,15 +93,82 @@ class RewardService:
         return RewardClient(HttpAttempt(self.address, bearer_token(self.settings)), self.settings)
 
     def close(self) -> None:
-        """Stop what was started here: the application, and Serve when this started it."""
+        """Take the application down. Serve itself stays until the cluster ends or the next start."""
         if self._app_name is None:
             return
         from ray import serve
 
-        if self._owned:
-            serve.shutdown()
-        else:
-            serve.delete(self._app_name)
+        serve.delete(self._app_name)
+        self._app_name = None
+
+
+def _options(settings: RewardSettings, token: str | None) -> ReplicaOptions:
+    assert settings.ranker is not None
+    return ReplicaOptions(
+        ranker=_absolute(settings.ranker),
+        ranker_options=settings.ranker_options,
+        chunk=settings.chunk,
+        threads=settings.threads,
+        deadline_s=settings.deadline_s,
+        max_body_bytes=int(settings.max_body_mib * 2**20),
+        token=token,
+    )
+
+
+def _deployment(settings: RewardSettings) -> Any:
+    from ray import serve
+
+    return serve.deployment(
+        serve.ingress()(RewardReplica),
+        name="RewardReplica",
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        max_ongoing_requests=64,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=1.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=2,
+        logging_config=_quiet(),
+    )
+
+
+def _serve_at(settings: RewardSettings) -> tuple[str, int]:
+    """Make sure that Serve runs at the wanted address and return it.
+
+    A Serve instance at another address is replaced when it has no applications.
+
+    Raises:
+        RequestError: it has, or the port is in use.
+    """
+    from ray import serve
+
+    running = _running_address()
+    if running is not None:
+        if running[0] == settings.host and settings.port in (0, running[1]):
+            return running
+        if serve.status().applications:
+            raise RequestError(
+                "reward.host",
+                f"{settings.host}:{settings.port}",
+                f"{running[0]}:{running[1]}, where Ray Serve already runs in this cluster",
+            )
+        serve.shutdown()
+    host, port = settings.host, settings.port or free_port(settings.host)
+    check_port(host, port)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_quiet())
+    return host, port
+
+
+def _quiet() -> Any:
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def _url(host: str, port: int, prefix: str) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}{prefix.rstrip('/')}"
 
 
 def free_port(host: str) -> int:
@@ -165,7 +197,7 @@ def _absolute(ranker: str) -> str:
     return str(Path(ranker).resolve()) if Path(ranker).exists() else ranker
 
 
-def _serve_address() -> tuple[str, int] | None:
+def _running_address() -> tuple[str, int] | None:
     """Host and port of the Serve instance that runs in this cluster, None when none does."""
     from ray.serve.context import _get_global_client
 
