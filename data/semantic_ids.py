@@ -69,8 +69,13 @@ def check_level_sizes(level_sizes: Sequence[int], n_items: int, on_collision: On
     """Refuse level sizes that cannot work for that many items."""
     if max(level_sizes) > n_items:
         raise RequestError("level_sizes", max(level_sizes), f"at most {n_items}, the number of items")
+    if on_collision is OnCollision.RESOLVE:
+        _check_paths(level_sizes, n_items)
+
+
+def _check_paths(level_sizes: Sequence[int], n_items: int) -> None:
     paths = math.prod(level_sizes)
-    if on_collision is OnCollision.RESOLVE and paths < n_items:
+    if paths < n_items:
         legal = f"sizes whose product is at least {n_items}, the number of items; or on_collision share"
         raise RequestError("level_sizes", f"{list(level_sizes)} ({paths} paths)", legal)
 
@@ -120,7 +125,7 @@ def resolve_collisions(vectors: FloatArray, quantised: Quantised) -> IntArray:
         RequestError: more items than paths.
     """
     sizes = [len(codebook) for codebook in quantised.codebooks]
-    check_level_sizes(sizes, len(vectors), OnCollision.RESOLVE)
+    _check_paths(sizes, len(vectors))
     code_NL = quantised.code_NL.copy()
     codebooks, last = quantised.codebooks[:-1], quantised.codebooks[-1]
     members: dict[tuple[int, ...], list[int]] = {}
