@@ -30,6 +30,7 @@ from data.schema import (
     SPLITS,
     USER_SCHEMA,
     USERS,
+    Card,
     read_card,
 )
 from data.split import Chronological, Given, LeaveOneOut, Split, is_target, part_of_events, user_starts
@@ -92,7 +93,7 @@ class Events:
 class Dataset:
     """A folder written by `windlass data import`. Arrays are read when first asked for."""
 
-    def __init__(self, path: Path, card: dict[str, object]) -> None:
+    def __init__(self, path: Path, card: Card) -> None:
         self.path = path
         self.card = card
         counts = card["counts"]
@@ -137,9 +138,9 @@ class Dataset:
         tables = [read_table(part, INTERACTION_SCHEMA) for part in parts]
         table = pa.concat_tables(tables) if tables else INTERACTION_SCHEMA.empty_table()
         events = Events(
-            user_E=_column(table, "user_id", np.int32),
-            item_E=_column(table, "item_id", np.int32),
-            time_E=_column(table, "timestamp", np.int64),
+            user_E=_ints(table, "user_id"),
+            item_E=_ints(table, "item_id"),
+            time_E=_longs(table, "timestamp"),
         )
         self._check_digest("interactions", folder, events.user_E, events.item_E, events.time_E)
         return events
@@ -213,8 +214,8 @@ class Dataset:
     def _given_samples(self, split: str) -> Samples:
         path = self.path / SPLITS / f"{split}.parquet"
         table = read_table(path, SPLIT_SCHEMA).combine_chunks()
-        user, target = _column(table, "user_id", np.int32), _column(table, "target", np.int32)
-        time = _column(table, "timestamp", np.int64)
+        user, target = _ints(table, "user_id"), _ints(table, "target")
+        time = _longs(table, "timestamp")
         history = table["history"].combine_chunks()
         values = history.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
         length = history.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -275,7 +276,7 @@ def chain_rows(samples: Samples) -> Sequences:
     return Sequences(
         values=np.concatenate(values),
         start_S=np.asarray(starts, np.int64),
-        end_S=np.asarray([*starts[1:], size][: len(starts)], np.int64),
+        end_S=np.asarray([*starts, size][1:], np.int64),
         loss_from_S=np.asarray(loss_from, np.int64),
         user_id_S=np.asarray(users, np.int32),
     )
@@ -287,8 +288,13 @@ def _part_number(split: str) -> int:
     return SPLIT_NAMES.index(split)
 
 
-def _column(table: pa.Table, name: str, dtype: type[np.integer]) -> npt.NDArray[np.integer]:
-    return np.ascontiguousarray(table[name].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False), dtype=dtype)
+def _ints(table: pa.Table, name: str) -> IntArray:
+    return np.ascontiguousarray(table[name].combine_chunks().to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def _longs(table: pa.Table, name: str) -> LongArray:
+    column = table[name].combine_chunks().fill_null(0)
+    return np.ascontiguousarray(column.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def _parse_split(path: Path, description: object) -> Split:

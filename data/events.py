@@ -82,8 +82,8 @@ class EventBuckets:
             for sink in sinks:
                 sink.close()
 
-    def sort(self) -> None:
-        """Pass 2: sort each bucket and drop duplicates."""
+    def sort(self, *, drop_duplicates: bool) -> None:
+        """Pass 2: sort each bucket, and drop duplicates."""
         for number in range(1 << BUCKET_BITS):
             raw = _read(self._path("raw", number))
             self._path("raw", number).unlink()
@@ -91,7 +91,8 @@ class EventBuckets:
             time, order = raw["timestamp"].to_numpy(), raw["order"].to_numpy()
             self.out_of_order += _backward_steps(user, time, order)
             rows = np.lexsort((order, time, user))
-            rows = self._without_duplicates(raw, rows, user, raw["item"].to_numpy(), time)
+            if drop_duplicates:
+                rows = self._without_duplicates(raw, rows, user, raw["item"].to_numpy(), time)
             table = pa.table(
                 [pa.array(user[rows]), *(raw[name].take(pa.array(rows)) for name in ("item", "timestamp", "rating"))],
                 schema=_SORTED_SCHEMA,

@@ -62,6 +62,9 @@ class ImportRules(Settings):
     """Events whose item is not in the item table: drop them into the quarantine, or add the item without a title."""
     missing_titles: Literal["keep", "drop"] = "keep"
     """Items without title: keep them under their key as title (has_title is false), or drop them with their events."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Events with the user, item and time of an earlier one: drop them into the quarantine, or keep them (where the
+    clock only knows days, they may be real). Rows of given splits always keep them."""
     idle_items: Literal["drop", "keep"] = "drop"
     """Items that no kept event names: leave them out of the catalogue, or keep them."""
     max_bad_share: float = Field(0.5, ge=0, le=1)
@@ -102,7 +105,7 @@ def import_source(source: Source, out: Path, rules: ImportRules, *, name: str = 
         buckets = EventBuckets(scratch, quarantine)
         buckets.fill(source, items)
         check_bad_share(quarantine, sum(quarantine.dropped.values()) - bad_items, buckets.rows_read, rules)
-        buckets.sort()
+        buckets.sort(drop_duplicates=rules.duplicates == "drop")
         written = _write_interactions(folder, buckets, len(items), source, rules, quarantine)
         quarantine.count(Reason.ITEM_WITHOUT_EVENTS, int((~written.kept_items).sum()))
         untitled, items_digest = items.write(folder / ITEMS, written.kept_items)
@@ -224,9 +227,7 @@ def _write_interactions(
             target_times.append(time[target])
             parts += np.bincount(part_of_events(user, time, LeaveOneOut())[target], minlength=3)
     if events == 0:
-        raise RequestError(
-            "events", "no usable row left", "at least three events of one user; see the counts by reason"
-        )
+        raise RequestError("events", "no usable row left", "events that pass the rules; lower the k-core")
     times = np.concatenate(target_times)
     split: Split = LeaveOneOut()
     if rules.split == "chronological":

@@ -59,7 +59,7 @@ class ItemNumbers:
             found = [self._number.get(word, -1) for word in words]
         table = np.asarray([*found, -1], np.int32)
         index = coded.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)
-        return table[index]
+        return np.asarray(table[index])
 
     def write(self, path: Path, kept: BoolArray) -> tuple[int, str]:
         """Write items.parquet with the kept items renumbered densely in order; returns items without title, digest."""

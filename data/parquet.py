@@ -60,7 +60,7 @@ def read_table(path: Path, schema: pa.Schema, *, exact: bool = True) -> pa.Table
 
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_list(wanted):
-        return pa.types.is_list(found) and found.value_type == wanted.value_type
+        return bool(pa.types.is_list(found) and found.value_type == wanted.value_type)
     return bool(found == wanted)
 
 

@@ -41,7 +41,7 @@ class Reason(StrEnum):
     HISTORY_AFTER_TARGET = "history_after_target"
     """A given row whose history is later than its target."""
     BAD_HISTORY = "bad_history"
-    """A history that is missing or does not fit its timestamps."""
+    """A history that is missing, or whose timestamps are out of order or of another number."""
     DUPLICATE_EVENT = "duplicate_event"
     """Same user, item and time as an earlier row."""
     DUPLICATE_ITEM = "duplicate_item"

@@ -177,7 +177,8 @@ def _binary(path: Path) -> IO[bytes]:
 def _lines_of(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
     number = 0
     try:
-        for number, line in enumerate(stream):
+        for line in stream:
             yield line
+            number += 1
     except _STREAM_ERRORS as error:
         raise RequestError(str(path), f"damaged after line {number} ({first_line(error)})", "a whole file") from error
