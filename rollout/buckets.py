@@ -155,7 +155,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def checksum(payload: Tensor) -> int:
     """xxh3 (64 bit) of a uint8 tensor; one on a GPU is copied to the host first."""
-    return int(xxhash.xxh3_64_intdigest(payload.cpu().numpy()))
+    return int(xxhash.xxh3_64_intdigest(payload.cpu().numpy().data))
 
 
 def seal(buffer: Tensor, *, index: int, version: int) -> int:

@@ -135,8 +135,8 @@ class WeightChannel:
     """Pushes from one learner to the engines.
 
     The learner is a peer with the methods `describe_weights() -> (specs, aliases)`, `open_push(MoverRequest) ->
-    Endpoint`, `send_push(PushMessage) -> Receipt` and `answer_probe(Probe) -> ProbeAnswer`; engines are peers with those
-    of `rollout.receiving.ReceivingEngine` and `score(prompts, completions)`.
+    Endpoint`, `send_push(PushMessage) -> Receipt` and `answer_probe(Probe) -> ProbeAnswer`; engines are peers with
+    those of `rollout.receiving.ReceivingEngine` and `score(prompts, completions)`.
     """
 
     settings: ChannelSettings
@@ -190,18 +190,18 @@ class WeightChannel:
         fault = self.settings.test_fault if faulty else PushFault.NONE
         blind = faulty and self.settings.test_blind and fault is not PushFault.NONE
         message = self._announce(version, fault, blind, deadline)
-        sent, received = None, {}
+        sent: Receipt | None = None
+        received: dict[str, Receipt] = {}
         if fault is not PushFault.WITHHOLD_PUSH:
             sent, received = self._transfer(message, deadline)
         moved = time.monotonic()
-        limit, gaps = Gap(mean=0.0, max=0.0), {}
+        limit, gaps = Gap(mean=0.0, max=0.0), dict[str, Gap]()
         if not blind:
             self._check_receipts(version, sent, received)
             limit, gaps = self._check_probe(version)
         publish = "publish_unchecked" if blind else "publish_weights"
-        self._gather(
-            version, {name: peer.submit(publish, version) for name, peer in self.engines.items()}, Deadline(_GRACE_S * 5)
-        )
+        calls = {name: peer.submit(publish, version) for name, peer in self.engines.items()}
+        self._gather(version, calls, Deadline(self.settings.probe_deadline_s))
         self.version = version
         now = time.monotonic()
         return PushReport(
@@ -274,7 +274,8 @@ class WeightChannel:
         scores = self._gather(version, calls, deadline)
         answer: ProbeAnswer = scores.pop(self.source.name)
         limit = gap_limit(self.dtype, answer.noise)
-        gaps, blames = {}, {}
+        gaps: dict[str, Gap] = {}
+        blames: dict[str, Blame] = {}
         for name, logp in scores.items():
             gaps[name] = probe_gap(logp, answer.logp)
             try:
@@ -292,16 +293,16 @@ class WeightChannel:
     def _gather(self, version: int, calls: Mapping[str, Future[Any]], deadline: Deadline) -> dict[str, Any]:
         """Results of all calls; the error of any as soon as it is there, with what the others say within a moment."""
         _, waiting = wait_futures(calls.values(), timeout=deadline.left, return_when=FIRST_EXCEPTION)
-        errors = any(call.done() and call.exception() is not None for call in calls.values())
-        if errors and waiting:
+        if waiting and any(call.exception() is not None for call in calls.values() if call.done()):
             wait_futures(calls.values(), timeout=min(_GRACE_S, deadline.left))
-        blames = {}
+        errors = {n: error for n, call in calls.items() if call.done() and (error := call.exception()) is not None}
+        blames = {name: _blame(error) for name, error in errors.items()}
+        # Who is silent while others fail for their own reasons is a victim; where they fail for the silence, the cause.
+        victim = any(blame.reason is not PushFailure.TIMEOUT for blame in blames.values())
         for name, call in calls.items():
-            if not call.done():
-                reason = PushFailure.HALF_WAY if errors else PushFailure.TIMEOUT
+            if name not in errors and not call.done():
+                reason = PushFailure.HALF_WAY if victim else PushFailure.TIMEOUT
                 blames[name] = Blame(reason=reason, text="no answer when the push was given up")
-            elif (error := call.exception()) is not None:
-                blames[name] = _blame(error)
         if blames:
             raise PushError(version, blames)
         return {name: call.result() for name, call in calls.items()}

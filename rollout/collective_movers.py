@@ -7,6 +7,7 @@ stays out of it. NCCL shares everything here but the constructor of the group.
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,7 @@ from rollout.movers import (
     PeerError,
 )
 
+_TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
 _ERROR_KEY = "error"
 _ERROR_POLL_S = 0.05
 """How often a waiting side asks the store for the other's error: one round trip on the wire."""
@@ -50,6 +52,7 @@ class _Group:
         self._rank = rank
         self._group: Any = None
         self._asked = 0.0
+        self._pending = False
 
     def raise_told(self) -> None:
         """Raise the error somebody has put into the store, at most one question per `_ERROR_POLL_S`."""
@@ -96,6 +99,7 @@ class _Group:
         options.rootTensor = 0
         options.timeout = timedelta(seconds=max(deadline.left, 0.1))
         options.asyncOp = True
+        self._pending = True
         try:
             work = self._group.broadcast([buffer], options)
 
@@ -115,6 +119,7 @@ class _Group:
             raise MoverError(f"{what}: {error}") from error
         if buffer.is_cuda:
             torch.cuda.synchronize()
+        self._pending = False
 
     def _hear_out(self, deadline: Deadline) -> None:
         patience = Deadline(min(1.0, deadline.left))
@@ -140,10 +145,12 @@ class _Group:
 
     def close(self) -> None:
         """End the group; pending operations of the others fail."""
-        group, self._group, self._store = self._group, None, None
-        if group is not None:
-            group.abort()
-        del group
+        holder, self._group, self._store = [self._group], None, None
+        if self._pending and holder[0] is not None:
+            if self._endpoint.kind is MoverKind.NCCL:
+                holder[0].abort()
+            # gloo cannot abandon an operation: its group waits for the operation's own timeout when it is freed.
+            threading.Thread(target=holder.clear, name="windlass-gloo-end", daemon=True).start()
 
 
 class CollectiveSender(BucketSender):
@@ -151,7 +158,7 @@ class CollectiveSender(BucketSender):
 
     def __init__(self, request: MoverRequest) -> None:
         self._device = "cuda" if request.kind is MoverKind.NCCL else "cpu"
-        store = dist.TCPStore(
+        store = _TCPStore(
             request.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), multi_tenant=False
         )
         self.endpoint = Endpoint(
@@ -172,7 +179,7 @@ class CollectiveSender(BucketSender):
         self._sent += 1
 
     def finish(self, deadline: Deadline) -> None:
-        """See `BucketSender`. A broadcast that is over at rank 0 may still be under way elsewhere, hence the counters."""
+        """See `BucketSender`. Over at rank 0, a broadcast may be under way elsewhere: hence counters."""
         for rank in range(self.endpoint.receivers):
             key = f"taken-{rank}"
 
@@ -206,7 +213,7 @@ class CollectiveReceiver(BucketReceiver):
         self._rank = rank
         self._taken = 0
         try:
-            self._store: Any = dist.TCPStore(
+            self._store: Any = _TCPStore(
                 host, int(port), is_master=False, timeout=timedelta(seconds=max(deadline.left, 0.1))
             )
         except RuntimeError as error:

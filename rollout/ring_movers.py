@@ -312,7 +312,7 @@ class CudaSlots(Slots):
         from torch.multiprocessing.reductions import reduce_tensor
 
         slots = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(count)]
-        return CudaSlots(slots), pickle.dumps([reduce_tensor(slot) for slot in slots])
+        return CudaSlots(slots), pickle.dumps([reduce_tensor(slot) for slot in slots])  # type: ignore[no-untyped-call]
 
     @staticmethod
     def open(handles: bytes, device: str) -> CudaSlots:
@@ -403,7 +403,7 @@ class FileSlots(Slots):
     def write(self, slot: int, buffer: Tensor) -> None:
         """See `Slots`."""
         temporary = self._folder / f".slot-{slot}"
-        temporary.write_bytes(memoryview(buffer.cpu().numpy()))
+        buffer.cpu().numpy().tofile(temporary)
         temporary.rename(self._folder / f"slot-{slot}")
 
     def read(self, slot: int, nbytes: int) -> Tensor:

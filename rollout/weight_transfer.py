@@ -84,6 +84,14 @@ class PushTransferEngine(internals.WeightTransferEngine):  # type: ignore[misc]
         if self._message.fault is not PushFault.WITHHOLD_HEAD:
             repack_shared(self.model)
 
+    def abandon(self, error: BaseException) -> None:
+        """Tell the sender, and give the layers their tensors back; some are of the old version, some of the new.
+
+        Without it a later push would meet half-filled layers, complete them with its first tensors and drop the rest.
+        """
+        self._inbox.fail(f"{type(error).__name__}: {error}")
+        internals.finalize_layerwise_reload(self.model, self.model_config)
+
     def shutdown(self) -> None:
         """Drop the connection to the sender."""
         self._inbox.close()
@@ -137,7 +145,7 @@ class WeightReceiver:
             worker.update_weights({"message": message, "rank": first_rank + worker.rank})
             worker.finish_weight_update()
         except BaseException as error:
-            self.weight_transfer_engine._inbox.fail(f"{type(error).__name__}: {error}")
+            self.weight_transfer_engine.abandon(error)
             raise
         receipt = self.weight_transfer_engine.receipt
         if receipt is None:

@@ -1,0 +1,304 @@
+"""Contract: a push changes what the engine computes to what the learner computes, tied head included, and shows the
+version only after both checks; every way of withholding or breaking a part raises, inside the deadline, and leaves the
+engine without a version; a failed engine is replaced.
+
+Real engines: vLLM in this process, and the reference engine. Not covered: engines in Ray actors (test_fleet), GPUs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.catalogue import Catalogue
+from data.errors import RunError
+from data.records import DecodeSpec, FloatArray, IntArray
+from rollout.channel import ChannelSettings, PushError, PushFailure, WeightChannel
+from rollout.engine import Engine, build_engine
+from rollout.movers import MoverKind
+from rollout.peers import LocalPeer
+from rollout.probe import Gap, check_gap, gap_limit, item_probe, probe_gap
+from rollout.receiving import IN_TRANSIT, ModuleInbox, PushFault, PushMessage, Receipt, ReceivingEngine
+from rollout.sending import ModuleSource
+from rollout.settings import EngineKind, RolloutSettings
+from tests.tiny_model import random_prompts, tiny_catalogue, write_tiny_model
+
+FLOAT32 = gap_limit("float32", None)
+
+
+@pytest.fixture(scope="module")
+def untied_dir(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("untied"), catalogue, tie=False)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def disturb(model: torch.nn.Module, seed: int, by: float = 0.02) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((by * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+
+
+class Rig:
+    """One learner (a whole model), engines as local peers, and the channel between them."""
+
+    def __init__(
+        self, engines: dict[str, Any], hf_dir: Path, catalogue: Catalogue, dtype: str = "float32", **settings: Any
+    ) -> None:
+        self.model = load(hf_dir, getattr(torch, dtype))
+        self.source = ModuleSource(self.model)
+        self.engines = engines
+        paths = [catalogue.tokens(item) for item in range(catalogue.n_items)]
+        self.probe = item_probe(paths, bos=catalogue.vocabulary.bos)
+        settings = {"bucket_mib": 0.03, "deadline_s": 20.0, **settings}
+        self.channel = WeightChannel(
+            settings=ChannelSettings(**settings),
+            source=LocalPeer("learner", self.source),
+            engines={name: LocalPeer(name, engine) for name, engine in engines.items()},
+            probe=self.probe,
+            dtype=dtype,
+        )
+
+    def gap(self, engine: Any) -> Gap:
+        answer = self.source.answer_probe(self.probe)
+        return probe_gap(engine.score(list(self.probe.prompts), list(self.probe.completions)), answer.logp)
+
+    def close(self) -> None:
+        self.source.close()
+        for peer in (self.channel.source, *self.channel.engines.values()):
+            assert isinstance(peer, LocalPeer)
+            peer.close()
+
+
+@pytest.fixture
+def rig(hf_dir: Path, catalogue: Catalogue) -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def build(engines: dict[str, Any], model_dir: Path = hf_dir, **settings: Any) -> Rig:
+        rigs.append(Rig(engines, model_dir, catalogue, **settings))
+        return rigs[-1]
+
+    yield build
+    for one in rigs:
+        one.close()
+
+
+@pytest.fixture
+def restored(hf_dir: Path, rig: Callable[..., Rig]) -> Iterator[Callable[[Engine], Engine]]:
+    """Engines that other tests share: they get their first weights back, whatever the test did to them."""
+    used: list[Engine] = []
+
+    def use(engine: Engine) -> Engine:
+        used.append(engine)
+        return engine
+
+    yield use
+    for engine in used:
+        rig({"engine": engine}).channel.push(0)
+
+
+def reference(folder: Path) -> Engine:
+    return build_engine(RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32"), folder)
+
+
+def test_pushes_make_the_engine_compute_what_the_learner_computes(
+    engine: Engine, rig: Callable[..., Rig], restored: Callable[[Engine], Engine]
+) -> None:
+    one = rig({"engine": restored(engine)})
+    for version in (5, 6, 7):
+        disturb(one.model, version)
+        assert one.gap(engine).max > 0.05
+        report = one.channel.push(version)
+        assert engine.weight_version == version == one.channel.version
+        check_gap(one.gap(engine), FLOAT32, "after the push")
+        assert report.gap["engine"].max < 1e-4
+        assert report.buckets > 4
+        assert report.nbytes < 1.01 * sum(p.numel() * 4 for p in one.model.parameters()), "a tied tensor went twice"
+
+
+@pytest.mark.parametrize("mover", [MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO])
+def test_every_mover_serves_two_engines(
+    mover: MoverKind, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    engines = {"a": reference(hf_dir), "b": reference(hf_dir)}
+    one = rig(engines, mover=mover, folder=str(tmp_path))
+    for version in (1, 2):
+        disturb(one.model, version)
+        one.channel.push(version)
+        for engine in engines.values():
+            assert engine.weight_version == version
+            check_gap(one.gap(engine), FLOAT32, "after the push")
+
+
+def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:
+    engine = reference(untied_dir)
+    one = rig({"engine": engine}, untied_dir)
+    disturb(one.model, 1)
+    one.channel.push(1)
+    check_gap(one.gap(engine), FLOAT32, "after the push")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (PushFault.WITHHOLD_PUSH, PushFailure.CHECKSUM),
+        (PushFault.WITHHOLD_BUCKET, PushFailure.CHECKSUM),
+        (PushFault.CORRUPT_BUCKET, PushFailure.CHECKSUM),
+        (PushFault.WITHHOLD_HEAD, PushFailure.PROBE),
+        (PushFault.FAIL_HALF_WAY, PushFailure.ERROR),
+        (PushFault.STALL, PushFailure.TIMEOUT),
+    ],
+)
+def test_each_fault_is_noticed_and_nothing_becomes_visible(
+    fault: PushFault, reason: PushFailure, hf_dir: Path, untied_dir: Path, rig: Callable[..., Rig]
+) -> None:
+    # The reference engine has its tied head updated by the embedding: withholding the head alone needs an untied one.
+    folder = untied_dir if fault is PushFault.WITHHOLD_HEAD else hf_dir
+    engine = reference(folder)
+    one = rig({"engine": engine}, folder, test_fault=fault, test_fault_version=2, deadline_s=3.0)
+    disturb(one.model, 1)
+    one.channel.push(1)
+    disturb(one.model, 2)
+    begun = time.monotonic()
+    with pytest.raises(PushError) as caught:
+        one.channel.push(2)
+    assert time.monotonic() - begun < 6
+    assert caught.value.blames["engine"].reason is reason
+    assert caught.value.alarm == (reason in (PushFailure.CHECKSUM, PushFailure.PROBE))
+    assert "engine" in one.channel.failed
+    assert one.channel.version == 1
+    assert engine.weight_version != 2
+    if fault is not PushFault.WITHHOLD_PUSH:
+        assert engine.weight_version == IN_TRANSIT
+    with pytest.raises(PushError, match="engine"):
+        one.channel.push(3)
+
+
+@pytest.mark.parametrize(
+    "fault", [PushFault.WITHHOLD_HEAD, PushFault.WITHHOLD_PUSH, PushFault.WITHHOLD_BUCKET, PushFault.CORRUPT_BUCKET]
+)
+def test_vllm_faults_are_noticed(
+    fault: PushFault, vllm_engine: Engine, rig: Callable[..., Rig], restored: Callable[[Engine], Engine]
+) -> None:
+    """The tied head of vLLM is the trap: everything but the probe is content with it."""
+    one = rig({"engine": restored(vllm_engine)}, test_fault=fault, test_fault_version=2)
+    disturb(one.model, 1)
+    one.channel.push(1)
+    disturb(one.model, 2)
+    with pytest.raises(PushError) as caught:
+        one.channel.push(2)
+    assert vllm_engine.weight_version in (1, IN_TRANSIT)
+    expected = PushFailure.PROBE if fault is PushFault.WITHHOLD_HEAD else PushFailure.CHECKSUM
+    assert caught.value.blames["engine"].reason is expected
+    assert one.channel.version == 1
+
+
+@pytest.mark.parametrize("fault", [PushFault.WITHHOLD_PUSH, PushFault.WITHHOLD_BUCKET, PushFault.WITHHOLD_HEAD])
+def test_without_checks_the_gap_notices(
+    fault: PushFault, untied_dir: Path, rig: Callable[..., Rig], catalogue: Catalogue
+) -> None:
+    engine = reference(untied_dir)
+    one = rig({"engine": engine}, untied_dir, test_fault=fault, test_blind=True)
+    disturb(one.model, 1)
+    one.channel.push(1)
+    assert engine.weight_version == 1
+    with pytest.raises(RunError, match="differ"):
+        check_gap(one.gap(engine), FLOAT32, "policy gap")
+
+
+def test_an_engine_in_transit_does_not_generate(hf_dir: Path, catalogue: Catalogue, rig: Callable[..., Rig]) -> None:
+    engine = reference(hf_dir)
+    one = rig({"engine": engine}, test_fault=PushFault.FAIL_HALF_WAY)
+    with pytest.raises(PushError):
+        one.channel.push(1)
+    with pytest.raises(RunError, match="in transit"):
+        engine.generate(random_prompts(catalogue, [8]), DecodeSpec(decode="beam", width=2))
+    with pytest.raises(RunError, match="loaded is none"):
+        engine.publish_weights(1)
+
+
+class FailsOnce(ReceivingEngine):
+    """An engine whose first instance dies half way; scores like its module."""
+
+    def __init__(self, engine: Engine, fails: bool) -> None:
+        self.weight_version = 0
+        self._engine: Any = engine
+        self._fails = fails
+        self._inbox = ModuleInbox(self._engine.model)
+
+    def _take_push(self, message: PushMessage, rank: int) -> Receipt:
+        if self._fails:
+            raise MemoryError("no room for layer 1")
+        return self._inbox.receive(message, rank=rank)
+
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
+        scores: list[FloatArray] = self._engine.score(prompts, completions)
+        return scores
+
+
+def test_a_failed_engine_is_replaced_and_the_push_repeated(hf_dir: Path, rig: Callable[..., Rig]) -> None:
+    started: list[str] = []
+
+    def replace(name: str) -> LocalPeer:
+        started.append(name)
+        return LocalPeer(name, FailsOnce(reference(hf_dir), fails=False))
+
+    engines = {"good": FailsOnce(reference(hf_dir), False), "bad": FailsOnce(reference(hf_dir), True)}
+    one = rig(engines, deadline_s=8.0)
+    one.channel.replace = replace
+    disturb(one.model, 1)
+    report = one.channel.push(1)
+    assert "bad" in started
+    assert set(report.replaced) == set(started)
+    assert not one.channel.failed
+    for peer in one.channel.engines.values():
+        assert isinstance(peer, LocalPeer)
+        assert peer.target.weight_version == 1
+        check_gap(one.gap(peer.target), FLOAT32, "after the push")
+
+
+def test_the_learners_error_comes_up(hf_dir: Path, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = rig({"engine": reference(hf_dir)}, deadline_s=10.0)
+
+    def broken(*_: Any) -> Receipt:
+        raise RuntimeError("gathering layer 5 failed")
+
+    monkeypatch.setattr(one.source, "send_push", broken)
+    begun = time.monotonic()
+    with pytest.raises(PushError, match="gathering layer 5 failed"):
+        one.channel.push(1)
+    assert time.monotonic() - begun < 9
+
+
+def test_a_silent_learner_is_an_error_at_the_deadline(
+    hf_dir: Path, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = rig({"engine": reference(hf_dir)}, deadline_s=1.0)
+    monkeypatch.setattr(one.channel.source, "submit", lambda *_: Future())
+    begun = time.monotonic()
+    with pytest.raises(PushError, match="learner \\(timeout\\)"):
+        one.channel.push(1)
+    assert time.monotonic() - begun < 3
+
+
+def test_bfloat16_stays_within_twice_the_noise(tmp_path: Path, rig: Callable[..., Rig]) -> None:
+    folder = write_tiny_model(tmp_path, tiny_catalogue(), dtype="bfloat16")
+    engine = build_engine(RolloutSettings(engine=EngineKind.REFERENCE, dtype="bfloat16"), folder)
+    one = rig({"engine": engine}, folder, dtype="bfloat16")
+    for version in (1, 2):
+        disturb(one.model, version)
+        report = one.channel.push(version)
+        assert report.limit.mean > 1e-4
+        assert report.gap["engine"].mean <= report.limit.mean
