@@ -44,7 +44,7 @@ class SASRecSettings(Settings):
     batch_rows: int = Field(32, ge=1, le=65536)
     """Sequence windows per step."""
     window: int = Field(50, ge=1)
-    """Training targets per window, at most; the cuts move every epoch."""
+    """Training targets per window, at most (and at most data.history); the cuts move every epoch."""
     threads: int = Field(0, ge=0, le=1024)
     """Compute threads; 0 uses every core. Another number changes the weights in the last bits."""
 

@@ -48,8 +48,8 @@ class TrainedRanker:
     folder: Path
     digest: str
     """Digest of the weights."""
-    value: float
-    """Best value of `evaluation.metric` on the validation rows."""
+    value: float | None
+    """Best value of `evaluation.metric` on the validation rows; None when interrupted before the first evaluation."""
     step: int
     """Step of the weights that were kept; 0 for rankers without steps."""
     stopped: str
@@ -96,7 +96,7 @@ def train_ranker(
             history=job.data.history,
         )
     value = validate(ranker, job, dataset)[job.evaluation.metric]
-    digest = ranker.save(folder, identity | {"value": value, "step": 0, "stopped": "fitted"})
+    digest = ranker.save(folder, identity | {"value": value, "step": 0, "last_step": 0, "stopped": "fitted"})
     log(0, {job.evaluation.metric: value})
     return TrainedRanker(ranker=ranker, folder=folder, digest=digest, value=value, step=0, stopped="fitted")
 
@@ -162,14 +162,19 @@ class _Run:
         ranker = self._best_ranker()
         digest = ""
         if stopped != "interrupted":
-            outcome = {"value": self.best_value, "step": self.best_step, "stopped": stopped}
+            outcome = {
+                "value": self.best_value,
+                "step": self.best_step,
+                "last_step": self.training.step,
+                "stopped": stopped,
+            }
             digest = ranker.save(self.folder, self.identity | outcome)
             (self.folder / STATE).unlink(missing_ok=True)
         return TrainedRanker(
             ranker=ranker,
             folder=self.folder,
             digest=digest,
-            value=self.best_value,
+            value=self.best_value if self.best else None,
             step=self.best_step,
             stopped=stopped,
         )
@@ -227,7 +232,8 @@ class _Run:
 
     def _best_ranker(self) -> SASRecRanker:
         network = self.training.network
-        network.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in self.best.items()})
+        if self.best:
+            network.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in self.best.items()})
         return SASRecRanker(network)
 
     def _write_state(self) -> None:
@@ -264,7 +270,9 @@ class _Run:
 
 
 def resumed_step(folder: Path) -> int | None:
-    """Step that an unfinished job in the folder continues from, None where there is none."""
+    """Step that the job in the folder continues from (its last one when it is finished), None where there is none."""
+    if (folder / DESCRIPTION).is_file():
+        return int(RankerArtefact.open(folder).provenance.get("last_step", 0))
     path = folder / STATE
     if not path.is_file():
         return None

@@ -50,8 +50,11 @@ def cut_windows(sequences: Sequences, window: int, history: int, random: np.rand
     """Cut every sequence into windows of at most `window` targets at a random offset; each target falls into one.
 
     The first event of a sequence is a target as well (after the start token alone) where the sequence is a user's
-    from the beginning, which trains the score after an empty history.
+    from the beginning, which trains the score after an empty history. `window` is at most `history`, or the first
+    targets of a window would not fit into the positions of the network.
     """
+    if window > history:
+        raise ValueError(f"windows of {window} targets do not fit {history} items of history")
     rows: list[tuple[int, int, int]] = []
     for start, end, loss_from in zip(sequences.start_S, sequences.end_S, sequences.loss_from_S, strict=True):
         first = int(start) + (0 if loss_from <= 1 else int(loss_from))
@@ -105,7 +108,8 @@ class SASRecTraining:
             RunError: a loss or gradient that is not finite; the step was not taken.
         """
         random = np.random.default_rng([self.seed, self.epochs_done])
-        windows = cut_windows(self.sequences, self.settings.window, self.network.shape.max_history, random)
+        history = self.network.shape.max_history
+        windows = cut_windows(self.sequences, min(self.settings.window, history), history, random)
         order = random.permutation(len(windows))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(random.integers(2**62)))
