@@ -160,7 +160,11 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
         # The body writes its own answer.
         arguments = arguments if target is None else [*arguments, "--json", target]
         target = None
-    return _finish(parse_and_call(name, command, function, arguments), target)
+    # With `--json -` standard output is the answer and nothing else; what the body says goes to standard error.
+    words = contextlib.redirect_stdout(sys.stderr) if target == "-" else contextlib.nullcontext()
+    with words:
+        answer = parse_and_call(name, command, function, arguments)
+    return _finish(answer, target)
 
 
 def load(name: str, command: Command) -> Callable[..., Any]:

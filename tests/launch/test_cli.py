@@ -25,6 +25,7 @@ def _answer(path: Annotated[str, tyro.conf.Positional], /, count: int = 1) -> di
         path: a path.
         count: how many.
     """
+    sys.stdout.write("words for a person\n")
     if path == "wrong":
         raise RequestError("path", path, "right")
     if path == "fails":
@@ -43,6 +44,7 @@ def _command(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_go_to_a_file_or_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["answer", "x", "--count", "3", "--json", str(tmp_path / "a.json")]) == 0
     assert json.loads((tmp_path / "a.json").read_text()) == {"path": "x", "count": 3}
+    assert capsys.readouterr().out == "words for a person\n"
     assert cli.run(["answer", "x", "--json=-"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": "x", "count": 1}
 
