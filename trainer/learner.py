@@ -290,15 +290,16 @@ class Learner:
 
         ZeRO-3 gathers one parameter at a time and the copy is made inside the gather; gathers are never nested.
         """
+        for name, parameter in self._names.items():
+            yield name, self._whole(parameter)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.settings.zero_stage < 3:
+            return parameter.detach()
         import deepspeed
 
-        for name, parameter in self._names.items():
-            if self.settings.zero_stage < 3:
-                yield name, parameter.detach()
-                continue
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole = parameter.detach().clone()
-            yield name, whole
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def describe_weights(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """For the weight channel: specs of what travels, and tied names."""
@@ -317,9 +318,11 @@ class Learner:
         return None
 
     def _travelling(self) -> Iterator[tuple[str, Tensor]]:
-        sent = {spec.name for spec in self._describe[0]}
-        yield from ((name, value) for name, value in self.whole_parameters() if name in sent)
-        yield from ((name, value) for name, value in self._lm.named_buffers() if name in sent)
+        """What the weight channel carries, in the order of `describe_weights`."""
+        buffers = dict(self._lm.named_buffers())
+        for spec in self._describe[0]:
+            parameter = self._names.get(spec.name)
+            yield spec.name, buffers[spec.name] if parameter is None else self._whole(parameter)
 
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """For the weight channel: every rank scores the whole probe, because a forward pass is a collective."""

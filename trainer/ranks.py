@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import io
 import logging
 import os
@@ -72,5 +73,9 @@ def start_engine(module: nn.Module, optimiser: torch.optim.AdamW, settings: Lear
     """A DeepSpeed engine around `module`."""
     import deepspeed
 
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
-        return deepspeed.initialize(model=module, optimizer=optimiser, config=deepspeed_config(settings, ranks))[0]
+    gc.freeze()  # DeepSpeed collects garbage a dozen times while it starts, to print its memory use
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return deepspeed.initialize(model=module, optimizer=optimiser, config=deepspeed_config(settings, ranks))[0]
+    finally:
+        gc.unfreeze()
