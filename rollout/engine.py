@@ -68,10 +68,7 @@ class VllmEngine(ReceivingEngine):
         Raises:
             RequestError: a setting that the model cannot meet.
         """
-        limit = _model_limit(Path(hf_dir))
-        longest = settings.max_model_len or limit
-        if longest > limit:
-            raise RequestError("rollout.max_model_len", longest, f"at most {limit}, the model's own limit")
+        longest = longest_sequence(settings, Path(hf_dir))
         os.environ.update(internals.environment(threads=settings.threads))
         # vLLM's CPU worker forbids it afterwards.
         torch.set_num_threads(settings.threads)
@@ -131,7 +128,7 @@ class VllmEngine(ReceivingEngine):
 
     def close(self) -> None:
         """Shut the engine core down."""
-        self._llm.llm_engine.engine_core.shutdown()
+        internals.shutdown(self._llm)
 
 
 def engine_class(settings: RolloutSettings) -> type[Any]:
@@ -149,13 +146,17 @@ def build_engine(settings: RolloutSettings, hf_dir: Path, *, engine_id: str = "e
     return engine
 
 
-def _model_limit(hf_dir: Path) -> int:
-    """Longest sequence the model was made for.
+def longest_sequence(settings: RolloutSettings, hf_dir: Path) -> int:
+    """Tokens of the longest prompt plus completion.
 
     Raises:
-        RequestError: no model there.
+        RequestError: no model in the folder, or `rollout.max_model_len` is more than the model was made for.
     """
     path = hf_dir / "config.json"
     if not path.is_file():
         raise RequestError(str(hf_dir), "no config.json", "a folder with a Hugging Face model")
-    return int(json.loads(path.read_text())["max_position_embeddings"])
+    limit = int(json.loads(path.read_text())["max_position_embeddings"])
+    longest = settings.max_model_len or limit
+    if longest > limit:
+        raise RequestError("rollout.max_model_len", longest, f"at most {limit}, the model's own limit")
+    return longest

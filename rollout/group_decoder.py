@@ -18,7 +18,6 @@ from data.errors import RequestError
 from data.records import NO_ITEM, BoolArray, Decode, DecodeSpec, Finish, Groups, IntArray, Prompt
 from data.trie_constraint import TrieConstraint
 from rollout.decoding import Backend, Completions, decode
-from rollout.settings import RolloutSettings
 from rollout.unconstrained import Unconstrained
 
 
@@ -26,7 +25,11 @@ class GroupDecoder:
     """Decodes prompts under the constraints of one catalogue on one device."""
 
     def __init__(self, catalogue: Catalogue, device: torch.device, *, vocabulary_size: int, max_model_len: int) -> None:
-        """`vocabulary_size` is the number of logits of the model, at least the tokens of the catalogue."""
+        """Args: `vocabulary_size` is the number of logits of the model, `max_model_len` its longest sequence.
+
+        Raises:
+            RequestError: the model's vocabulary is smaller than the catalogue's.
+        """
         if vocabulary_size < catalogue.vocabulary.size:
             raise RequestError(
                 "model vocabulary", vocabulary_size, f"at least the catalogue's {catalogue.vocabulary.size} tokens"
@@ -37,23 +40,10 @@ class GroupDecoder:
         self.max_model_len = max_model_len
 
     @staticmethod
-    def load(
-        hf_dir: Path, device: torch.device, settings: RolloutSettings, *, vocabulary_size: int, model_limit: int
-    ) -> GroupDecoder:
-        """The decoder for the catalogue inside an hf folder.
-
-        Args:
-            vocabulary_size: number of logits of the model.
-            model_limit: longest sequence the model was made for.
-
-        Raises:
-            RequestError: no catalogue, one of a larger vocabulary, or `rollout.max_model_len` beyond the model's limit.
-        """
-        longest = settings.max_model_len or model_limit
-        if longest > model_limit:
-            raise RequestError("rollout.max_model_len", longest, f"at most {model_limit}, the model's own limit")
+    def load(hf_dir: Path, device: torch.device, *, vocabulary_size: int, max_model_len: int) -> GroupDecoder:
+        """The decoder for the catalogue inside an hf folder; raises RequestError where there is none."""
         catalogue = Catalogue.load(Path(hf_dir) / "catalogue")
-        return GroupDecoder(catalogue, device, vocabulary_size=vocabulary_size, max_model_len=longest)
+        return GroupDecoder(catalogue, device, vocabulary_size=vocabulary_size, max_model_len=max_model_len)
 
     def completion_tokens(self, spec: DecodeSpec) -> int:
         """Tokens of the longest completion."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
+from rollout.engine import longest_sequence
 from rollout.group_decoder import GroupDecoder
 from rollout.receiving import ModuleInbox, PushMessage, Receipt, ReceivingEngine
 from rollout.settings import EngineKind, RolloutSettings
@@ -121,6 +122,7 @@ class ReferenceEngine(ReceivingEngine):
     ) -> None:
         from transformers import AutoModelForCausalLM
 
+        longest = longest_sequence(settings, Path(hf_dir))
         model = AutoModelForCausalLM.from_pretrained(
             hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation="sdpa"
         )
@@ -130,13 +132,8 @@ class ReferenceEngine(ReceivingEngine):
         self._device = torch.device(device)
         self._backend = ReferenceBackend(self.model)
         self._inbox = ModuleInbox(self.model)
-        config = self.model.config
         self._decoder = GroupDecoder.load(
-            hf_dir,
-            self._device,
-            settings,
-            vocabulary_size=config.vocab_size,
-            model_limit=config.max_position_embeddings,
+            hf_dir, self._device, vocabulary_size=self.model.config.vocab_size, max_model_len=longest
         )
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:

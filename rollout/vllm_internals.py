@@ -23,6 +23,8 @@ VLLM_VERSION = "0.32.0"
 
 NAMES: dict[str, tuple[str, ...]] = {
     "vllm.LLM": ("collective_rpc", "reset_prefix_cache"),
+    "vllm.v1.engine.core_client.InprocClient": ("shutdown",),
+    "vllm.distributed.parallel_state.cleanup_dist_env_and_memory": ("shutdown_ray",),
     "vllm.config.VllmConfig": ("model_config", "compilation_config", "cache_config"),
     "vllm.config.ModelConfig": ("get_vocab_size", "max_model_len"),
     "vllm.forward_context.set_forward_context": ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
@@ -181,6 +183,14 @@ def copy_blocks(view: RunnerView, source_X: Tensor, destination_X: Tensor) -> No
     with torch.inference_mode():
         for cache in view.caches:
             cache[destination] = cache[source]
+
+
+def shutdown(llm: Any) -> None:
+    """End an engine whose core runs in this process, and the process group of one that came with it."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory(shutdown_ray=False)
 
 
 _WEIGHT_TRANSFER_CLASSES = ("WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo")

@@ -85,9 +85,8 @@ class RolloutWorker(WeightReceiver):
         self.windlass_decoder = GroupDecoder.load(
             Path(hf_dir),
             view.device,
-            settings,
             vocabulary_size=config.get_vocab_size(),
-            model_limit=config.max_model_len,
+            max_model_len=config.max_model_len,
         )
 
     def windlass_generate(

@@ -1,0 +1,264 @@
+"""Both engines decode the policy of the model on disk: real vLLM and plain transformers, in float32 and bfloat16.
+
+The oracle is transformers in float64, unbatched, one prefix at a time, without a cache. Checked: beams, the exhaustive
+ranking, samples by chi-square, behaviour log-probabilities, exclusions, empty slots, unconstrained decoding, `score`,
+equal bits whatever the chunking, the limits of the cache, refused requests. Not here: the loop itself over odd
+catalogues (test_decoding.py), the fleet (test_fleet.py), pushes (test_weight_transfer.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from data.catalogue import Catalogue
+from data.errors import RequestError, RunError
+from data.records import NO_ITEM, Decode, DecodeSpec, Finish, Groups, Prompt
+from rollout import vllm_internals
+from rollout.engine import Engine
+from rollout.paging import CacheShape
+from rollout.receiving import IN_TRANSIT
+from rollout.settings import RolloutSettings
+from tests.rollout.oracles import NextLogits, all_items, allowed_paths, beam_search
+from tests.tiny_model import random_prompts
+
+LENGTHS = [5, 1, 31, 32, 33, 64, 70]
+"""Prompt lengths around the block size, 32."""
+BEAM = DecodeSpec(decode=Decode.BEAM, width=8)
+PolicyOracle = Callable[[Prompt], NextLogits]
+
+
+@pytest.fixture(scope="module")
+def oracle(hf_dir: Path) -> PolicyOracle:
+    """Logits of transformers in float64 after a prompt and a prefix."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).double().eval()
+    known: dict[tuple[int, ...], np.ndarray] = {}
+
+    def after(prompt: Prompt) -> NextLogits:
+        def logits(prefix: tuple[int, ...]) -> np.ndarray:
+            tokens = (*prompt.token_ids.tolist(), *prefix)
+            if tokens not in known:
+                with torch.no_grad():
+                    known[tokens] = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].numpy()
+            return known[tokens]
+
+        return logits
+
+    return after
+
+
+def paths_of(groups: Groups, row: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens) for tokens in groups.token_PGT[row][groups.valid_PG[row]].tolist()]
+
+
+def same_bits(one: Groups, other: Groups) -> bool:
+    fields = ("token_PGT", "length_PG", "item_PG", "valid_PG", "logp_PGT")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_beams_equal_the_float64_search(
+    engine: Engine, catalogue: Catalogue, oracle: PolicyOracle, temperature: float
+) -> None:
+    prompts = random_prompts(catalogue, LENGTHS, excluded=10)
+    groups = engine.generate(prompts, dataclasses.replace(BEAM, temperature=temperature))
+    for row, prompt in enumerate(prompts):
+        allowed = allowed_paths(catalogue, prompt.exclusions)
+        expected = beam_search(oracle(prompt), allowed, BEAM.width, temperature)
+        assert paths_of(groups, row) == [path for path, _ in expected]
+        np.testing.assert_allclose(groups.sequence_logp_PG[row], [score for _, score in expected], atol=1e-4)
+        assert groups.item_PG[row].tolist() == [allowed[path] for path, _ in expected]
+    assert (groups.finish_PG == Finish.ITEM).all()
+    assert groups.constraint == "item_trie-exclusions"
+    assert groups.catalogue_digest == catalogue.digest
+    assert groups.prompt_id_P.tolist() == list(range(len(prompts)))
+
+
+def test_a_width_over_the_catalogue_ranks_it_and_leaves_slots_empty(
+    engine: Engine, catalogue: Catalogue, oracle: PolicyOracle
+) -> None:
+    prompts = random_prompts(catalogue, [33, 7], seed=1)
+    groups = engine.generate(prompts, dataclasses.replace(BEAM, width=64))
+    for row, prompt in enumerate(prompts):
+        expected = all_items(oracle(prompt), allowed_paths(catalogue))
+        assert paths_of(groups, row) == [path for path, _ in expected]
+    assert groups.valid_PG.sum(1).tolist() == [60, 60]
+    assert (groups.finish_PG[:, 60:] == Finish.ABSENT).all()
+    assert (groups.item_PG[:, 60:] == NO_ITEM).all()
+    assert (groups.token_PGT[:, 60:] == -1).all()
+    assert (groups.logp_PGT[:, 60:] == 0).all()
+
+
+def test_fewer_permitted_items_than_beams(engine: Engine, catalogue: Catalogue) -> None:
+    prompt, other = random_prompts(catalogue, [20, 20], seed=2)
+    left = {3, 17, 44}
+    banned = np.array([item for item in range(catalogue.n_items) if item not in left], np.int32)
+    groups = engine.generate([dataclasses.replace(prompt, exclusions=banned), other], BEAM)
+    assert set(groups.item_PG[0][groups.valid_PG[0]].tolist()) == left
+    assert groups.valid_PG.sum(1).tolist() == [3, 8]
+
+
+def test_samples_follow_the_exact_distribution(engine: Engine, catalogue: Catalogue, oracle: PolicyOracle) -> None:
+    (prompt,) = random_prompts(catalogue, [40], seed=3, excluded=20)
+    prompts = [dataclasses.replace(prompt, prompt_id=row) for row in range(60)]
+    groups = engine.generate(prompts, DecodeSpec(decode=Decode.SAMPLE, width=64, temperature=1.3, seed=9, step=4))
+    allowed = allowed_paths(catalogue, prompt.exclusions)
+    exact = all_items(oracle(prompt), allowed, 1.3)
+    counts = np.bincount(groups.item_PG.ravel(), minlength=catalogue.n_items)
+    expected = np.zeros(catalogue.n_items)
+    for path, logp in exact:
+        expected[allowed[path]] = np.exp(logp) * groups.item_PG.size
+    assert counts.sum() == counts[expected > 0].sum()
+    rare = (expected > 0) & (expected < 8)
+    often = expected >= 8
+    observed = np.append(counts[often], counts[rare].sum())
+    wanted = np.append(expected[often], expected[rare].sum())
+    keep = wanted > 0
+    assert stats.chisquare(observed[keep], wanted[keep]).pvalue > 1e-3
+    by_path = dict(exact)
+    for path, logp in zip(paths_of(groups, 0), groups.sequence_logp_PG[0], strict=True):
+        assert logp == pytest.approx(by_path[path], abs=1e-4)
+
+
+def test_unconstrained_beams(engine: Engine, catalogue: Catalogue, oracle: PolicyOracle) -> None:
+    prompts = random_prompts(catalogue, [33, 12], seed=4, excluded=5)
+    groups = engine.generate(prompts, dataclasses.replace(BEAM, constrained=False))
+    size = catalogue.vocabulary.size
+    free = {(a, b, c): -1 for a in range(size) for b in range(size) for c in range(size)}
+    items = allowed_paths(catalogue)
+    for row, prompt in enumerate(prompts):
+        logits = oracle(prompt)
+        for path, logp_T in zip(paths_of(groups, row), groups.logp_PGT[row], strict=True):
+            expected = [
+                torch.from_numpy(logits(path[:depth])).log_softmax(0)[token].item() for depth, token in enumerate(path)
+            ]
+            np.testing.assert_allclose(logp_T, expected, atol=1e-4)
+        assert groups.item_PG[row].tolist() == [items.get(path, NO_ITEM) for path in paths_of(groups, row)]
+    assert beam_search(oracle(prompts[1]), free, 3)[0][0] == paths_of(groups, 1)[0]
+    assert set(np.unique(groups.finish_PG)) <= {Finish.ITEM.value, Finish.LENGTH.value}
+    assert groups.constraint == "unconstrained"
+
+
+def test_score_is_the_full_vocabulary(engine: Engine, catalogue: Catalogue, oracle: PolicyOracle) -> None:
+    prompts = random_prompts(catalogue, LENGTHS, seed=5)
+    rng = np.random.default_rng(0)
+    completions = [rng.integers(0, catalogue.vocabulary.size, 1 + row).astype(np.int32) for row in range(len(prompts))]
+    scores = engine.score([prompt.token_ids for prompt in prompts], completions)
+    for prompt, completion, logp_T in zip(prompts, completions, scores, strict=True):
+        assert logp_T.dtype == np.float32
+        tokens = tuple(completion.tolist())
+        logits = oracle(prompt)
+        expected = [torch.from_numpy(logits(tokens[:t])).log_softmax(0)[token].item() for t, token in enumerate(tokens)]
+        np.testing.assert_allclose(logp_T, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", [Decode.BEAM, Decode.SAMPLE])
+def test_equal_bits_alone_and_together(engine: Engine, catalogue: Catalogue, decode: Decode) -> None:
+    prompts = random_prompts(catalogue, LENGTHS, seed=6, excluded=3)
+    spec = DecodeSpec(decode=decode, width=8, seed=2)
+    together = engine.generate(prompts, spec)
+    alone = [engine.generate([prompt], spec) for prompt in reversed(prompts)]
+    assert same_bits(together, Groups.concat(alone[::-1]))
+
+
+def test_equal_bits_whatever_the_chunks(
+    vllm_engine: Any, catalogue: Catalogue, hf_dir: Path, vllm_settings: RolloutSettings
+) -> None:
+    prompts = random_prompts(catalogue, [*LENGTHS, 100, 3], seed=7, excluded=3)
+    texts = [prompt.token_ids for prompt in prompts]
+    specs = [BEAM, DecodeSpec(decode=Decode.SAMPLE, width=8, seed=2)]
+    whole = [vllm_engine.generate(prompts, spec) for spec in specs]
+    scores = vllm_engine.score(texts, texts)
+    try:
+        for change in ({"prompts_per_forward": 1}, {"prompts_per_forward": 3}, {"tokens_per_forward": 90}):
+            vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings.model_copy(update=change))
+            assert all(
+                same_bits(vllm_engine.generate(prompts, spec), expected)
+                for spec, expected in zip(specs, whole, strict=True)
+            )
+            again = vllm_engine.score(texts, texts)
+            assert all(np.array_equal(one, other) for one, other in zip(again, scores, strict=True))
+    finally:
+        vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
+
+
+def test_the_cache_bounds_the_chunks(vllm_engine: Any, catalogue: Catalogue) -> None:
+    prompts = random_prompts(catalogue, LENGTHS, seed=8)
+    roomy = vllm_engine.generate(prompts, BEAM)
+    worker = vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    view = worker.windlass_view
+    try:
+        # 31 tokens take 1 block and 8 beams two each, because their 2 tokens cross into a block; and the null block.
+        for blocks, fits in ((18, True), (17, False)):
+            worker.windlass_view = dataclasses.replace(view, shape=CacheShape(view.shape.block_size, blocks))
+            if fits:
+                assert same_bits(vllm_engine.generate(prompts, BEAM), roomy)
+            else:
+                with pytest.raises(RequestError, match=r"rollout\.kv_cache_gib.*at least 17 blocks"):
+                    vllm_engine.generate(prompts, BEAM)
+    finally:
+        worker.windlass_view = view
+
+
+def test_wrong_requests_are_named(engine: Engine, catalogue: Catalogue) -> None:
+    (prompt,) = random_prompts(catalogue, [10], first_id=77)
+    empty = np.empty(0, np.int32)
+
+    def refused(match: str, prompts: list[Prompt], spec: DecodeSpec = BEAM) -> None:
+        with pytest.raises(RequestError, match=match):
+            engine.generate(prompts, spec)
+
+    refused("prompts: none", [])
+    refused("prompt 77: 0 tokens; legal: 1 to 509", [dataclasses.replace(prompt, token_ids=empty)])
+    refused("prompt 77: 510 tokens", [dataclasses.replace(prompt, token_ids=np.full(510, 5, np.int32))])
+    refused("prompt 77: token ids", [dataclasses.replace(prompt, token_ids=np.array([1, 19], np.int32))])
+    refused("prompt 77: token ids", [dataclasses.replace(prompt, token_ids=np.array([-1], np.int32))])
+    refused("legal: beam, sample", [prompt], dataclasses.replace(BEAM, decode=Decode.SAMPLE_WITHOUT_REPLACEMENT))
+    refused("both above 0", [prompt], dataclasses.replace(BEAM, temperature=0.0))
+    with pytest.raises(RequestError, match="sequence 0"):
+        engine.score([prompt.token_ids], [empty])
+    longest = dataclasses.replace(prompt, token_ids=np.full(509, 5, np.int32))
+    assert engine.generate([longest], BEAM).valid_PG.all()
+
+
+def test_no_generation_while_weights_are_in_transit(engine: Any, catalogue: Catalogue) -> None:
+    version = engine.weight_version
+    engine.weight_version = IN_TRANSIT
+    try:
+        with pytest.raises(RunError, match="in transit"):
+            engine.generate(random_prompts(catalogue, [5]), BEAM)
+    finally:
+        engine.weight_version = version
+
+
+def test_every_name_of_vllm_that_we_touch_exists(vllm_engine: Any) -> None:
+    import vllm
+
+    assert vllm.__version__.split("+")[0] == vllm_internals.VLLM_VERSION
+    assert vllm_internals.missing_names() == []
+    worker = vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert [name for name in vllm_internals.RUNNER_ATTRIBUTES if name not in vars(worker.model_runner)] == []
+    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
+    for layer in worker.windlass_view.layer_names:
+        assert all(name in vars(layers[layer]) for name in vllm_internals.LAYER_ATTRIBUTES)
+
+
+def test_no_other_file_names_vllm_internals() -> None:
+    root = Path(vllm_internals.__file__).parents[1]
+    allowed = {"from vllm import LLM", "import vllm"}
+    for folder in ("data", "rollout", "reward", "trainer", "launch"):
+        for path in (root / folder).glob("**/*.py"):
+            if path.name == "vllm_internals.py":
+                continue
+            lines = [line.strip() for line in path.read_text().splitlines()]
+            found = [line for line in lines if line.startswith(("import vllm", "from vllm"))]
+            assert set(found) <= allowed, path

@@ -1,0 +1,154 @@
+"""The fleet answers as one engine would, whatever shard went where, and no failure leaves it waiting.
+
+Two real vLLM engines and two reference engines in Ray actors. Checked: equal bits with an engine of this process, order
+of the answer, samples across engines, violations counted, the engine's own error, a dead engine, a silent engine,
+restart, refused settings. Not here: pushes to the fleet (test_channel.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from data.catalogue import Catalogue
+from data.errors import RequestError
+from data.records import Decode, DecodeSpec, Groups
+from rollout.engine import Engine
+from rollout.fleet import EngineFailure, RolloutFleet
+from rollout.settings import EngineKind, RolloutSettings
+from rollout.violations import Violation
+from tests.requirements import require
+from tests.tiny_model import random_prompts
+
+BEAM = DecodeSpec(decode=Decode.BEAM, width=8)
+
+
+def same_bits(one: Groups, other: Groups) -> bool:
+    fields = ("prompt_id_P", "token_PGT", "length_PG", "item_PG", "valid_PG", "logp_PGT")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Any]:
+    """A Ray instance of this module's own."""
+    require("ray")
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=200 * 2**20,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def vllm_fleet(
+    ray_here: Any, hf_dir: Path, catalogue: Catalogue, vllm_settings: RolloutSettings
+) -> Iterator[RolloutFleet]:
+    require("vllm")
+    fleet = RolloutFleet.start(vllm_settings.model_copy(update={"engines": 2, "shard_size": 4}), hf_dir, catalogue)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def small_fleet(ray_here: Any, hf_dir: Path, catalogue: Catalogue) -> Iterator[RolloutFleet]:
+    """Reference engines, which are up quickly."""
+    settings = RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32", engines=2, shard_size=2, deadline_s=60)
+    fleet = RolloutFleet.start(settings, hf_dir, catalogue)
+    yield fleet
+    fleet.close()
+
+
+def test_the_answer_does_not_depend_on_the_engines(
+    vllm_fleet: RolloutFleet, vllm_engine: Engine, catalogue: Catalogue
+) -> None:
+    prompts = random_prompts(catalogue, [5, 40, 31, 32, 33, 64, 70, 8, 12, 90, 21, 22, 23, 24], excluded=3)
+    # Exclusions in one shard only: the constraint must be the same for all shards.
+    prompts = [
+        dataclasses.replace(p, exclusions=p.exclusions if p.prompt_id < 3 else p.exclusions[:0]) for p in prompts
+    ]
+    before = dict(vllm_fleet.shards)
+    for decode in (Decode.BEAM, Decode.SAMPLE):
+        spec = dataclasses.replace(BEAM, decode=decode, seed=4)
+        groups = vllm_fleet.generate(prompts, spec)
+        assert same_bits(groups, vllm_engine.generate(prompts, spec))
+        assert groups.constraint == "item_trie-exclusions"
+        assert set(groups.engine_id_P.tolist()) == {"vllm-0", "vllm-1"}
+    assert vllm_fleet.shards.total() - sum(before.values()) == 8
+    assert vllm_fleet.violations == {reason: 0 for reason in Violation}
+    assert vllm_fleet.describe()["count"] == 2
+    texts = [prompt.token_ids for prompt in prompts]
+    for one, other in zip(vllm_fleet.score(texts, texts), vllm_engine.score(texts, texts), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_samples_of_two_engines_are_one_distribution(vllm_fleet: RolloutFleet, catalogue: Catalogue) -> None:
+    (prompt,) = random_prompts(catalogue, [40], seed=3)
+    prompts = [dataclasses.replace(prompt, prompt_id=row) for row in range(64)]
+    groups = vllm_fleet.generate(prompts, DecodeSpec(decode=Decode.SAMPLE, width=32, seed=1))
+    by_engine = [
+        np.bincount(groups.item_PG[groups.engine_id_P == name].ravel(), minlength=catalogue.n_items)
+        for name in ("vllm-0", "vllm-1")
+    ]
+    table = np.stack(by_engine)
+    assert table.sum(1).min() > 0
+    assert stats.chi2_contingency(table[:, table.sum(0) >= 16]).pvalue > 1e-3
+
+
+def test_failures_come_up_as_themselves(small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any) -> None:
+    prompts = random_prompts(catalogue, [10] * 6)
+    whole = small_fleet.generate(prompts, BEAM)
+    too_long = dataclasses.replace(prompts[3], token_ids=np.full(600, 5, np.int32))
+    with pytest.raises(RequestError, match="prompt 3: 600 tokens"):
+        small_fleet.generate([*prompts[:3], too_long], BEAM)
+    with pytest.raises(RequestError, match="prompts: none"):
+        small_fleet.generate([], BEAM)
+
+    # An engine that was killed; then a fresh one in its place.
+    ray_here.kill(small_fleet.engines["reference-1"])
+    with pytest.raises(EngineFailure, match="reference-1: died"):
+        small_fleet.generate(prompts, BEAM)
+    small_fleet.restart("reference-1")
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+
+    # An error that is nobody's request, in the engine's words.
+    unreadable = dataclasses.replace(prompts[0], token_ids="no tokens")  # type: ignore[arg-type]
+    with pytest.raises(EngineFailure, match=r"reference-\d: shard 0: \w+Error: .+"):
+        small_fleet.generate([unreadable], BEAM)
+
+
+def test_a_silent_engine_ends_the_request(small_fleet: RolloutFleet, catalogue: Catalogue) -> None:
+    patience = small_fleet.settings
+    small_fleet.settings = patience.model_copy(update={"deadline_s": 0.01})
+    with pytest.raises(EngineFailure, match=r"no answer within rollout\.deadline_s"):
+        small_fleet.generate(random_prompts(catalogue, [400] * 4), DecodeSpec(decode=Decode.BEAM, width=200))
+    small_fleet.settings = patience
+    assert small_fleet.generate(random_prompts(catalogue, [10]), BEAM).valid_PG.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"engines": 99}, r"rollout\.engines: 99; legal: at most 8"),
+        ({"gpus": 1.0}, r"rollout\.gpus: 1\.0"),
+        ({"max_model_len": 9999}, r"rollout\.max_model_len: 9999; legal: at most 512"),
+    ],
+)
+def test_settings_that_cannot_be_met(
+    ray_here: Any, hf_dir: Path, catalogue: Catalogue, change: dict[str, Any], match: str
+) -> None:
+    settings = RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32").model_copy(update=change)
+    with pytest.raises(RequestError, match=match):
+        RolloutFleet.start(settings, hf_dir, catalogue)
