@@ -16,6 +16,7 @@ import torch
 
 from data.catalogue import Catalogue
 from data.errors import RequestError
+from trainer.checkpoints import model_folder
 from trainer.jobs import PRESETS
 
 CATALOGUE: Final = "catalogue"
@@ -52,22 +53,9 @@ def prepare_initial_model(init: str, catalogue: Catalogue, *, seed: int, dtype: 
     if init in PRESETS:
         write_preset(init, catalogue, seed=seed, dtype=dtype, target=target)
         return target
-    folder = hf_folder(Path(init))
+    folder = model_folder(Path(init)).resolve()
     check_fits(folder, catalogue)
     return folder
-
-
-def hf_folder(path: Path) -> Path:
-    """The `hf` folder of a checkpoint, or the folder itself when it is one.
-
-    Raises:
-        RequestError: no model there.
-    """
-    for folder in (path / "hf", path):
-        if (folder / "config.json").is_file():
-            return folder.resolve()
-    legal = f"{', '.join(PRESETS)}, or a checkpoint or hf folder"
-    raise RequestError("init", f"{path}: {'no config.json in it' if path.exists() else 'no such folder'}", legal)
 
 
 def check_fits(folder: Path, catalogue: Catalogue) -> None:

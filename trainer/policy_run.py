@@ -28,6 +28,7 @@ from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
 from trainer.policy_data import PolicyData
+from trainer.prompt_card import PromptCard
 from trainer.row_metrics import RowMetrics, write_row_metrics
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
@@ -93,6 +94,7 @@ class PolicyRun:
         with self.store.writing(state.step, self.data.facts, metric=metric, score=score) as folder:
             self.learners.save(folder / STATE)
             self.learners.export_hf(folder / HF)
+            PromptCard.of(self.job.data).write(folder / HF)
             state.save(folder)
 
     def log(self, step: int, metrics: Metrics) -> None:

@@ -1,0 +1,101 @@
+"""`windlass eval`: metrics of a checkpoint on a split, with intervals, beside published numbers when asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import Field
+
+from data.dataset import Dataset
+from data.schema import SPLIT_NAMES, read_card
+from data.settings import Settings
+from launch.cluster import cluster
+from launch.published import published_rows, table
+from rollout.settings import RolloutSettings
+from trainer.checkpoint_evaluation import EvaluationRows, answer, evaluate_checkpoint
+from trainer.run_settings import ClusterSettings
+
+SHOWN = ("hr", "ndcg")
+
+
+class EvalCommand(Settings):
+    """Arguments of `windlass eval`."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run folder (its best checkpoint), a checkpoint, or an hf folder."""
+    data: Path
+    """Folder that `windlass data import` wrote."""
+    split: str = Field("test", pattern="|".join(SPLIT_NAMES))
+    """train, valid or test."""
+    k: tuple[int, ...] = Field((1, 3, 5, 10, 20, 50), min_length=1)
+    """Cut-offs; the largest is the number of beams."""
+    rows: int = Field(0, ge=0)
+    """Rows of a seeded sample; 0 takes the whole split."""
+    seed: int = Field(0, ge=0)
+    """Seed of the sample and of the intervals."""
+    history: int | None = Field(None, ge=1)
+    """Items a prompt shows; by default as the model was trained."""
+    exclude_seen: bool | None = None
+    """Never recommend an item of the user's history; by default as the model was trained."""
+    unconstrained_rows: int = Field(500, ge=0)
+    """Rows that are decoded without the constraint as well, for the invalid rate."""
+    published: Path | None = None
+    """CSV of published results (columns dataset, method, metric, value) to print beside ours."""
+    batch: int = Field(128, ge=1)
+    """Prompts per request to the fleet."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The engines."""
+    cluster: ClusterSettings = ClusterSettings()
+    """The Ray cluster."""
+
+
+def eval_command(arguments: Annotated[EvalCommand, tyro.conf.arg(name="")]) -> dict[str, Any]:
+    """Evaluate a checkpoint by constrained beams through the fleet."""
+    dataset = Dataset.open(arguments.data)
+    published = None if arguments.published is None else published_rows(arguments.published, dataset.name)
+    which = EvaluationRows(
+        split=arguments.split,
+        rows=arguments.rows,
+        ks=tuple(sorted(set(arguments.k))),
+        seed=arguments.seed,
+        batch=arguments.batch,
+        unconstrained_rows=arguments.unconstrained_rows,
+    )
+    with cluster(arguments.cluster):
+        evaluated = evaluate_checkpoint(
+            arguments.checkpoint,
+            dataset,
+            which,
+            arguments.rollout,
+            history=arguments.history,
+            exclude_seen=arguments.exclude_seen,
+        )
+    shares_paths = evaluated.evaluation.paths.values != evaluated.evaluation.items.values
+    result = answer(evaluated, dataset, which, with_paths=shares_paths)
+    caveat = read_card(dataset.path).get("caveat")
+    if caveat:
+        result["caveat"] = caveat
+    if published is not None:
+        result["published"] = published
+    show(result, which.ks)
+    return result
+
+
+def show(result: dict[str, Any], ks: tuple[int, ...]) -> None:
+    """Print the table: published rows first, ours last, then what a reader must know."""
+    columns = [f"{metric}@{k}" for k in ks for metric in SHOWN]
+    caveat = result.get("caveat")
+    ours = "windlass, items" if "paths" in result else "windlass"
+    rows: dict[str, dict[str, float]] = dict(result.get("published", {}))
+    if "paths" in result:
+        rows["windlass, paths" + (f" ({caveat})" if caveat else "")] = result["paths"]
+    rows[ours + (f" ({caveat})" if caveat else "")] = result["metrics"]
+    print(table(columns, rows))
+    unconstrained = result["invalid"]["unconstrained"]
+    told = "not measured" if unconstrained is None else f"{unconstrained:.4f}"
+    print(
+        f"{result['n']} rows of {result['split']}, seen items {'excluded' if result['exclude_seen'] else 'kept'}; "
+        f"invalid: constrained {result['invalid']['constrained']:.4f}, unconstrained {told}"
+    )

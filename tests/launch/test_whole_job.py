@@ -1,0 +1,89 @@
+"""A whole job through the command line: two vLLM engines, two DeepSpeed ranks with ZeRO-2, Ray Serve over HTTP, three
+steps, started in a folder that holds its own `data/` and `trainer.py`.
+
+Checks what a user would look at: exit code, metrics, versions, the policy gap, checkpoints that transformers loads.
+Does not check quality (the demo does) nor crashes (tests/launch/test_kill.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.requirements import require
+from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the job."""
+    for part in ("vllm", "deepspeed", "ray"):
+        require(part)
+    folder = tmp_path_factory.mktemp("whole_job")
+    dataset = write_dataset(folder / "source")
+    user_folder = folder / "user"
+    (user_folder / "data").mkdir(parents=True)
+    (user_folder / "data" / "__init__.py").write_text("raise ImportError('the data of the user')")
+    (user_folder / "trainer.py").write_text("raise ImportError('the trainer of the user')")
+    write_recipe(
+        user_folder / "ranker.yaml",
+        {
+            "job": "ranker",
+            "data": {"dataset": str(dataset.path), "history": 6},
+            "ranker": {"kind": "cooccurrence"},
+            "limits": {"max_steps": 1},
+            "evaluation": {"rows": 16, "k": [1, 5, 10]},
+        },
+    )
+    content = recipe(
+        dataset.path,
+        "rl",
+        learner={"ranks": 2, "zero_stage": 2},
+        rollout={"engines": 2},
+        reward={"ranker": "runs/ranker/ranker", "ranker_score": 0.1, "transport": "http"},
+        evaluation={"unconstrained_rows": 8},
+    )
+    write_recipe(user_folder / "job.yaml", content)
+    ranker = windlass("train", "ranker.yaml", "--run-dir", "runs/ranker", cwd=user_folder)
+    assert ranker.returncode == 0, ranker.stderr
+    done = windlass("train", "job.yaml", "--run-dir", "runs/job", cwd=user_folder)
+    assert done.returncode == 0, done.stderr
+    return user_folder / "runs" / "job"
+
+
+def test_steps_rewards_and_versions(finished_run: Path) -> None:
+    steps = read_steps(finished_run)
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert [step["weight_version"] for step in steps[1:]] == [0, 1, 2]
+    for step in steps[1:]:
+        assert step["constraint.violations"] == 0
+        assert step["reward/failed_share"] == 0
+        assert 0 < step["policy_gap/mean"] <= step["policy_gap/max"] < 1e-4
+        assert 0 < step["legal_mass"] <= 1
+    assert "ndcg@10" in steps[0]
+    assert "ndcg@10" in steps[-1]
+
+
+def test_summary_names_the_real_parts(finished_run: Path) -> None:
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["engine"]["name"] == "vllm"
+    assert summary["engine"]["count"] == 2
+    assert summary["learner"] == {"backend": "deepspeed", "zero_stage": 2, "ranks": 2}
+    assert summary["reward"]["backend"] == "ray-serve"
+    assert summary["reward"]["requests"] == 3
+    assert summary["selection"]["candidates"] == [0, 3]
+    assert summary["ended_by"] == "max_steps"
+
+
+def test_the_checkpoint_loads_in_transformers_and_holds_its_catalogue(finished_run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from data.catalogue import Catalogue
+
+    hf = finished_run / "checkpoints" / "step-000003" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    catalogue = Catalogue.load(hf / "catalogue")
+    assert model.config.vocab_size == catalogue.vocabulary.size == len(tokenizer)
