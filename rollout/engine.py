@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from data.errors import RequestError
+from data.faults import fault_point
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
 from rollout.receiving import PushMessage, Receipt, ReceivingEngine
@@ -105,6 +106,7 @@ class VllmEngine(ReceivingEngine):
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
         """See `Engine.generate`."""
         self.require_visible()
+        fault_point("rollout")
         groups: Groups = self._rpc(
             "windlass_generate", list(prompts), spec, exclude, self.weight_version, self.engine_id
         )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.faults import fault_point
 from data.records import FloatArray
 from rollout.buckets import TensorSpec, describe_module, pack
 from rollout.movers import BucketSender, Deadline, Endpoint, MoverKind, MoverRequest, open_sender
@@ -58,6 +59,7 @@ class Outbox:
                 for _, buffer, digest in pack(
                     message.layout, tensors, version=message.version, device="cuda" if on_gpu else "cpu"
                 ):
+                    fault_point("push")
                     sender.send(buffer, deadline)
                     checksums.append(digest)
             sender.finish(deadline)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from data.errors import RunError
+from data.faults import fault_point
 from data.feed import Feed
 from data.records import DecodeSpec, Groups, IntArray, Prompt, ScoredGroups
 from reward.failures import FailureTracker
@@ -101,6 +102,7 @@ class RlLoop(TrainingLoop):
         with self.timer.phase("rollout"):
             groups = self.rollouts.generate(batch.prompts, decode_spec(self.job, step))
         with self.timer.phase("reward"):
+            fault_point("reward")
             scored, metrics = self.rewards.score(batch.prompts, groups)
             self._check_rewards(scored)
         metrics |= {"epoch": self.epochs(), "prompts": float(len(batch.prompts))}

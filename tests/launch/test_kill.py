@@ -1,0 +1,133 @@
+"""Kills: a run that dies by SIGKILL anywhere continues when it is started again, to the same weights and metrics.
+
+Compares final weights bit for bit and metrics.jsonl outside `time/`, `perf/` and `system/` with an undisturbed run of
+the same configuration. One seeded point runs in `make test`, all of them and three random kills in `make test-long`.
+Does not check kills of several processes at once, nor other machines.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from data.faults import FaultPoint
+from tests.requirements import require
+from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
+from trainer.run_log import reproducible
+
+STEPS = 4
+PASSINGS = {
+    # Evaluation asks the engine for 4 shards at step 0, training for 2 in every step: the 7th is in step 2.
+    FaultPoint.ROLLOUT: 7,
+    FaultPoint.REWARD: 2,
+    FaultPoint.BACKWARD: 2,
+    FaultPoint.OPTIMISER_STEP: 2,
+    # Version 0 and 1 before it; the small model fits into one bucket.
+    FaultPoint.PUSH: 3,
+    # Two passings per checkpoint: the second one of step 1.
+    FaultPoint.CHECKPOINT_WRITE: 4,
+    FaultPoint.STEP: 3,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and the undisturbed run `runs/whole`."""
+    for part in ("vllm", "deepspeed", "ray"):
+        require(part)
+    folder = tmp_path_factory.mktemp("kill")
+    dataset = write_dataset(folder / "source")
+    write_recipe(folder / "job.yaml", recipe(dataset.path, "rl", limits={"max_steps": STEPS}))
+    done = windlass("train", "job.yaml", "--run-dir", "runs/whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Final weights and reproducible metrics are equal to the bit."""
+    last = f"checkpoints/step-{STEPS:06d}/hf/model.safetensors"
+    ours, theirs = load_file(run / last), load_file(whole / last)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    assert [reproducible(step) for step in read_steps(run)] == [reproducible(step) for step in read_steps(whole)]
+
+
+def kill_and_continue(world: Path, point: FaultPoint) -> None:
+    run = world / "runs" / f"killed-{point.value}"
+    fault = {"WINDLASS_FAULT": f"{point.value}:{PASSINGS[point]}"}
+    died = windlass("train", "job.yaml", "--run-dir", str(run), cwd=world, **fault)
+    assert died.returncode != 0, "the fault point was not passed often enough"
+    assert len(read_steps(run)) < STEPS + 1
+    again = windlass("train", "job.yaml", "--run-dir", str(run), cwd=world)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run, world / "runs" / "whole")
+
+
+def test_a_kill_before_the_optimiser_step(world: Path) -> None:
+    kill_and_continue(world, FaultPoint.OPTIMISER_STEP)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("point", [point for point in FaultPoint if point is not FaultPoint.OPTIMISER_STEP])
+def test_a_kill_at_every_other_point(world: Path, point: FaultPoint) -> None:
+    kill_and_continue(world, point)
+
+
+@pytest.mark.long
+def test_three_kills_at_random_times(world: Path) -> None:
+    run = world / "runs" / "random"
+    chance = random.Random(7)
+    for _ in range(3):
+        # From before the first step to beyond the last one on a quiet machine.
+        kill_driver_after(world, run, chance.uniform(4, 40))
+    again = windlass("train", "job.yaml", "--run-dir", str(run), cwd=world)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run, world / "runs" / "whole")
+
+
+def kill_driver_after(world: Path, run: Path, seconds: float) -> None:
+    """Start the job and kill its driver; Ray's processes end by themselves."""
+    command = [str(Path(sys.executable).parent / "windlass"), "train", "job.yaml", "--run-dir", str(run)]
+    started = subprocess.Popen(command, cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    if started.poll() is None:
+        os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+@pytest.mark.long
+def test_sigterm_ends_at_a_step_boundary_and_the_run_continues(world: Path) -> None:
+    run = world / "runs" / "terminated"
+    command = [str(Path(sys.executable).parent / "windlass"), "train", "job.yaml", "--run-dir", str(run)]
+    started = subprocess.Popen(command, cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not (run / "checkpoints" / "step-000001").exists():
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(timeout=120) == 0
+    again = windlass("train", "job.yaml", "--run-dir", str(run), cwd=world)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run, world / "runs" / "whole")
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_is_refused_in_one_line(world: Path) -> None:
+    run = world / "runs" / "damaged"
+    shutil.copytree(world / "runs" / "whole", run)
+    weights = run / "checkpoints" / f"step-{STEPS:06d}" / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused = windlass("train", "job.yaml", "--run-dir", str(run), "--limits.max-steps", "9", cwd=world)
+    assert refused.returncode == 2
+    assert "wrong digest" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
