@@ -73,7 +73,7 @@ class RewardService:
 
         from ray import serve
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         host, port = _serve_at(settings)
         app_name = f"{NAME}-{uuid.uuid4().hex[:8]}"
         prefix = f"/{app_name}" if serve.status().applications else "/"
