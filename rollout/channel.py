@@ -296,7 +296,7 @@ class WeightChannel:
         if waiting and any(call.exception() is not None for call in calls.values() if call.done()):
             wait_futures(calls.values(), timeout=min(_GRACE_S, deadline.left))
         errors = {n: error for n, call in calls.items() if call.done() and (error := call.exception()) is not None}
-        blames = {name: _blame(error) for name, error in errors.items()}
+        blames = {name: blame(error) for name, error in errors.items()}
         # Who is silent while others fail for their own reasons is a victim; where they fail for the silence, the cause.
         victim = any(blame.reason is not PushFailure.TIMEOUT for blame in blames.values())
         for name, call in calls.items():
@@ -308,7 +308,8 @@ class WeightChannel:
         return {name: call.result() for name, call in calls.items()}
 
 
-def _blame(error: BaseException) -> Blame:
+def blame(error: BaseException) -> Blame:
+    """Who is to blame, by the kind of exception a peer raised."""
     reason = PushFailure.ERROR
     for kind, known in (
         (BucketError, PushFailure.CHECKSUM),

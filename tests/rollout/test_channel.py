@@ -19,6 +19,7 @@ import torch
 from data.catalogue import Catalogue
 from data.errors import RunError
 from data.records import DecodeSpec, FloatArray, IntArray
+from rollout.buckets import Unpacker
 from rollout.channel import ChannelSettings, PushError, PushFailure, WeightChannel
 from rollout.engine import Engine, build_engine
 from rollout.movers import MoverKind
@@ -203,6 +204,34 @@ def test_vllm_faults_are_noticed(
     expected = PushFailure.PROBE if fault is PushFault.WITHHOLD_HEAD else PushFailure.CHECKSUM
     assert caught.value.blames["engine"].reason is expected
     assert one.channel.version == 1
+
+
+@pytest.mark.parametrize("lost", ["layers.0.self_attn.k_proj.weight", "layers.1.mlp.up_proj.weight"])
+def test_vllm_takes_a_push_after_one_that_failed_inside_a_layer(
+    lost: str,
+    vllm_engine: Engine,
+    rig: Callable[..., Rig],
+    restored: Callable[[Engine], Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM joins q, k, v and gate, up into one parameter each: the failure leaves such a one half filled."""
+    original = Unpacker.feed
+
+    def feed(self: Unpacker, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        done = original(self, buffer)
+        if any(name.endswith(lost) for name, _ in done):
+            raise MemoryError("no room")
+        return done
+
+    one = rig({"engine": restored(vllm_engine)}, bucket_mib=0.004)
+    disturb(one.model, 1)
+    monkeypatch.setattr(Unpacker, "feed", feed)
+    with pytest.raises(PushError, match="no room"):
+        one.channel.push(1)
+    monkeypatch.undo()
+    again = rig({"engine": vllm_engine})
+    disturb(again.model, 2)
+    assert again.channel.push(2).gap["engine"].max < 1e-4
 
 
 @pytest.mark.parametrize("fault", [PushFault.WITHHOLD_PUSH, PushFault.WITHHOLD_BUCKET, PushFault.WITHHOLD_HEAD])
