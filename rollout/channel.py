@@ -153,6 +153,8 @@ class WeightChannel:
     """Last version that became visible."""
     failed: dict[str, Blame] = field(default_factory=dict)
     """Engines that must be replaced before they may be used."""
+    _generation: dict[str, int] = field(default_factory=dict)
+    """How often each engine was replaced: another process needs another connection."""
 
     def push(self, version: int) -> PushReport:
         """Take the learner's present weights to all engines as `version`.
@@ -179,9 +181,14 @@ class WeightChannel:
             raise PushError(-1 if self.version is None else self.version, self.failed)
         for name in sorted(self.failed):
             assert self.replace is not None
-            self.engines[name] = self.replace(name)
-            del self.failed[name]
+            self.adopt(name, self.replace(name))
             replaced.append(name)
+
+    def adopt(self, name: str, peer: Peer) -> None:
+        """Use another process for an engine from now on: one that was restarted, by this channel or by its owner."""
+        self.engines[name] = peer
+        self._generation[name] = self._generation.get(name, 0) + 1
+        self.failed.pop(name, None)
 
     def _push_once(self, version: int, replaced: tuple[str, ...]) -> PushReport:
         begun = time.monotonic()
@@ -220,8 +227,8 @@ class WeightChannel:
         request = MoverRequest(
             kind=self.settings.mover,
             receivers=tuple(
-                f"{name}/{worker}@{id(peer)}"
-                for name, peer in self.engines.items()
+                f"{name}/{worker}@{self._generation.get(name, 0)}"
+                for name in self.engines
                 for worker in range(self.workers_per_engine)
             ),
             buffer_bytes=HEADER_BYTES + min(layout.bucket_bytes, layout.total_bytes),

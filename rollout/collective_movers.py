@@ -219,6 +219,11 @@ class CollectiveReceiver(BucketReceiver):
         except RuntimeError as error:
             raise MoverError(f"the sender at {endpoint.address} cannot be reached: {error}") from error
         self._group = _Group(endpoint, self._store, rank + 1)
+        if self._store.add(f"members-{rank}", 1) > 1:
+            # A group cannot take a restarted member in; joining it would hang until the deadline.
+            told = f"receiver {rank} joined a second time: its engine was restarted"
+            self._group.tell(told)
+            raise MoverError(told)
 
     def receive(self, nbytes: int, deadline: Deadline) -> Tensor:
         """See `BucketReceiver`."""

@@ -133,7 +133,8 @@ class RingReceiver(BucketReceiver):
         self._board = board
         self._slots = slots
         self._rank = rank
-        self._taken = 0
+        # Behind all that went before, should this be a restarted engine that comes to an old connection.
+        self._taken = board.taken(rank)
 
     def _arrived(self) -> bool:
         if self._board.sent() > self._taken:

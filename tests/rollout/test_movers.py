@@ -122,6 +122,22 @@ def test_one_connection_serves_many_pushes(request_of: Callable[[int], MoverRequ
         receiver.close()
 
 
+def test_a_restarted_receiver_is_served_or_told_at_once(request_of: Callable[[int], MoverRequest]) -> None:
+    with opened(request_of(1)) as sender:
+        for attempt in range(2):
+            taker = in_thread(lambda: take(sender.endpoint, 0, [BUFFER] * 3))
+            begun = time.monotonic()
+            if attempt and sender.endpoint.kind is MoverKind.GLOO:
+                with pytest.raises(MoverError):
+                    send_many(sender, 3, Deadline(20))
+                with pytest.raises(MoverError, match="restarted"):
+                    taker.result(20)
+            else:
+                send_many(sender, 3, Deadline(20))
+                assert len(taker.result(20)) == 3
+            assert time.monotonic() - begun < 10
+
+
 def test_the_receivers_error_comes_up_at_the_sender(request_of: Callable[[int], MoverRequest]) -> None:
     def fail_after_one() -> None:
         receiver = open_receiver(sender.endpoint, rank=0, device="cpu", deadline=Deadline(20))
