@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from data.code_vectors import codebooks_path, save_codebooks
 from data.codes import Codes, OnCollision, codes_path
 from data.dataset import Dataset
 from data.embeddings import cooccurrence_vectors, join_vectors, model_digest, packaged_model, title_vectors
 from data.errors import RequestError
 from data.records import FloatArray
-from data.semantic_ids import check_level_sizes, given_codes, make_codes
+from data.semantic_ids import check_level_sizes, codes_of, given_codes, quantise
 from data.settings import Settings
 
 
@@ -92,19 +93,22 @@ def build_codes(dataset: Dataset, name: str, settings: IdSettings) -> tuple[Code
         return codes, True
     if settings.source is Source.COLUMN:
         codes = given_codes(_column(dataset.items(), settings.column), f"column {settings.column}", asked)
+        codes.check(str(path))
     else:
         check_level_sizes(settings.level_sizes, dataset.n_items, settings.on_collision)
         vectors, facts = item_vectors(dataset, settings)
-        codes = make_codes(
+        quantised = quantise(
             vectors,
             settings.level_sizes,
-            settings.on_collision,
             seed=settings.seed,
             iterations=settings.iterations,
             balance=settings.balance,
-            provenance={**asked, **facts, "versions": _versions()},
         )
-    codes.check(str(path))
+        provenance = {**asked, **facts, "versions": _versions()}
+        codes = codes_of(vectors, quantised, settings.on_collision, provenance)
+        codes.check(str(path))
+        # First the codebooks: codes that exist are never made again.
+        save_codebooks(codebooks_path(dataset.path, name), codes, quantised.codebooks)
     codes.save(path)
     return codes, False
 

@@ -209,6 +209,13 @@ def make_codes(
 ) -> Codes:
     """Codes of item vectors, with what happened on the way added to the provenance."""
     quantised = quantise(vectors, level_sizes, seed=seed, iterations=iterations, balance=balance)
+    return codes_of(vectors, quantised, on_collision, provenance)
+
+
+def codes_of(
+    vectors: FloatArray, quantised: Quantised, on_collision: OnCollision, provenance: dict[str, Any] | None = None
+) -> Codes:
+    """The codes of quantised vectors; see `make_codes`."""
     paths, colliding = collisions(quantised.code_NL)
     code_NL = quantised.code_NL
     if on_collision is OnCollision.RESOLVE:
@@ -224,7 +231,7 @@ def make_codes(
     return Codes(
         values=np.ascontiguousarray(code_NL, dtype=np.int32).ravel(),
         start=np.arange(items + 1, dtype=np.int64) * levels,
-        level_sizes=tuple(level_sizes),
+        level_sizes=tuple(len(codebook) for codebook in quantised.codebooks),
         on_collision=on_collision,
         provenance={**(provenance or {}), **facts},
     )
