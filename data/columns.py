@@ -27,6 +27,7 @@ _PER_SECOND = {
     TimeUnit.MICROSECONDS: 1_000_000,
     TimeUnit.NANOSECONDS: 1_000_000_000,
 }
+_LARGEST = np.iinfo(np.int64).max
 _NUMBER = r"^\s*[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?\s*$"
 _NOT_A_NUMBER = r"(?i)^\s*[+-]?nan\s*$"
 _INTEGER = r"^\s*[+-]?\d{1,18}\s*$"
@@ -58,8 +59,10 @@ def keys(column: pa.Array, where: str, missing: Reason) -> Column:
         failures.append((Reason.BAD_ID, bad))
     elif _is_text(kind):
         column, bad = _text(column)
+        replaced = _mask(pc.match_substring(column, "\ufffd"))
+        bad = bad | replaced
         column = pc.utf8_trim_whitespace(column)
-        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+        column = pc.if_else(pc.or_(pc.equal(column, ""), pa.array(replaced)), pa.scalar(None, pa.string()), column)
         failures.append((Reason.BAD_ID, bad))
     elif not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise RequestError(f"column {where}", str(kind), "integers or text")
@@ -87,12 +90,12 @@ def seconds(column: pa.Array, where: str, unit: TimeUnit) -> Column:
         per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[stamp.type.unit]
         number = stamp.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False) // per_second
         return _bounded(number, _nulls(column), np.zeros(len(column), bool), LATEST)
-    latest = np.iinfo(np.int64).max if unit is TimeUnit.ORDER else LATEST
+    latest = _LARGEST if unit is TimeUnit.ORDER else LATEST
     scale = _PER_SECOND.get(unit, 1)
     if pa.types.is_integer(kind):
-        if pa.types.is_uint64(kind):
-            column = pc.if_else(pc.greater(column, 2**63 - 1), pa.scalar(2**63 - 1, kind), column)
-        number = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False) // scale
+        whole = column.cast(pa.uint64() if pa.types.is_uint64(kind) else pa.int64()).fill_null(0)
+        number = whole.to_numpy(zero_copy_only=False)
+        number = np.where(number > _LARGEST, _LARGEST, number).astype(np.int64) // scale
         return _bounded(number, _nulls(column), np.zeros(len(column), bool), latest)
     if pa.types.is_floating(kind):
         return _bounded_floats(column.cast(pa.float64()), _nulls(column), scale, latest)

@@ -59,13 +59,14 @@ class EventBuckets:
         self._folder = folder
         self._quarantine = quarantine
         self._files: list[tuple[int, str, int]] = []
+        self._numbers: list[int] = []
         self.rows_read = 0
         self.out_of_order = 0
         """Rows that were earlier than the row before them of the same user, in the order of the source; sorted in."""
 
     def fill(self, source: Source, items: ItemNumbers) -> None:
         """Pass 1: check every row and append the sound ones to their bucket."""
-        sinks = [pa.ipc.new_file(str(self._path("raw", b)), _BUCKET_SCHEMA) for b in range(1 << BUCKET_BITS)]
+        sinks: dict[int, pa.RecordBatchFileWriter] = {}
         try:
             for raw in source.events(self._quarantine):
                 batch = self._check(raw, items, source)
@@ -75,16 +76,18 @@ class EventBuckets:
                 order = np.argsort(bucket, kind="stable")
                 batch = batch.take(pa.array(order))
                 edges = np.searchsorted(bucket[order], np.arange((1 << BUCKET_BITS) + 1))
-                for number, sink in enumerate(sinks):
-                    if edges[number + 1] > edges[number]:
-                        sink.write_batch(batch.slice(edges[number], edges[number + 1] - edges[number]))
+                for number in np.flatnonzero(np.diff(edges)).tolist():
+                    if number not in sinks:
+                        sinks[number] = pa.ipc.new_file(str(self._path("raw", number)), _BUCKET_SCHEMA)
+                    sinks[number].write_batch(batch.slice(edges[number], edges[number + 1] - edges[number]))
         finally:
-            for sink in sinks:
+            for sink in sinks.values():
                 sink.close()
+            self._numbers = sorted(sinks)
 
     def sort(self, *, drop_duplicates: bool) -> None:
         """Pass 2: sort each bucket, and drop duplicates."""
-        for number in range(1 << BUCKET_BITS):
+        for number in self._numbers:
             raw = _read(self._path("raw", number))
             self._path("raw", number).unlink()
             user, words = _number_users(raw)
@@ -102,7 +105,7 @@ class EventBuckets:
 
     def sorted_buckets(self) -> Iterator[SortedBucket]:
         """The sorted events, bucket by bucket."""
-        for number in range(1 << BUCKET_BITS):
+        for number in self._numbers:
             table = _read(self._path("sorted", number))
             yield SortedBucket(
                 user=table["user"].to_numpy(),
@@ -118,7 +121,7 @@ class EventBuckets:
 
     def user_keys(self) -> Iterator[pa.Array]:
         """Keys of the users of each bucket, in the order of their numbers."""
-        for number in range(1 << BUCKET_BITS):
+        for number in self._numbers:
             yield _read(self._path("users", number))["user_key"].combine_chunks()
 
     def _check(self, raw: RawEvents, items: ItemNumbers, source: Source) -> pa.RecordBatch:

@@ -25,7 +25,7 @@ from data.errors import RequestError
 from data.events import EventBuckets
 from data.items import ItemNumbers
 from data.kcore import alive_events, core_items
-from data.parquet import Digest, digest_arrays
+from data.parquet import Digest, fingerprint_of
 from data.quarantine import Quarantine, Reason
 from data.records import BoolArray
 from data.schema import (
@@ -137,8 +137,7 @@ def import_source(source: Source, out: Path, rules: ImportRules, *, name: str = 
 
 def finish_card(folder: Path, card: Card) -> None:
     """Add the fingerprint (of contents and split, not of names or paths) and write the card."""
-    text = repr((FORMAT, sorted(card["digests"].items()), sorted(card["split"].items())))
-    card["fingerprint"] = digest_arrays(np.frombuffer(text.encode(), np.uint8))
+    card["fingerprint"] = fingerprint_of(card)
     write_card(folder, card)
 
 

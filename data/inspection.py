@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data.dataset import Dataset, Samples
 from data.errors import RequestError
-from data.parquet import open_parquet
+from data.parquet import fingerprint_of, open_parquet
 from data.schema import CARD, INTERACTIONS, QUARANTINE, SPLIT_NAMES
 from data.split import user_starts
 
@@ -25,6 +25,8 @@ def inspect_dataset(path: Path) -> dict[str, Any]:
         RequestError: a file is missing, damaged, or not what was imported.
     """
     dataset = Dataset.open(path)
+    if dataset.fingerprint != fingerprint_of(dataset.card):
+        raise RequestError(f"{path / CARD}: fingerprint", dataset.fingerprint, fingerprint_of(dataset.card))
     items = dataset.items()
     if len(dataset.users()) != dataset.n_users:
         raise RequestError(str(path / "users.parquet"), f"{len(dataset.users())} rows", f"{dataset.n_users}")

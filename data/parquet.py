@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data.errors import RequestError
+from data.schema import FORMAT, Card
 
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError)
 """What pyarrow raises on files that are damaged or not what they claim to be."""
@@ -90,3 +91,9 @@ def digest_arrays(*arrays: npt.NDArray[np.generic]) -> str:
     digest = Digest(len(arrays))
     digest.update(*arrays)
     return digest.hexdigest()
+
+
+def fingerprint_of(card: Card) -> str:
+    """Digest of the contents (by their digests) and of the split; neither names, paths nor the import's rules count."""
+    text = repr((FORMAT, sorted(card["digests"].items()), sorted(card["split"].items())))
+    return digest_arrays(np.frombuffer(text.encode(), np.uint8))

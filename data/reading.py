@@ -6,13 +6,15 @@ parsed goes to the quarantine and the rest goes on. No reader holds more than a 
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.csv as pv
@@ -21,6 +23,9 @@ from data.errors import RequestError
 from data.parquet import READ_ERRORS, check_file, first_line, open_parquet
 from data.quarantine import Quarantine, Reason
 from data.sources import BATCH_ROWS
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Batch = tuple[int, pa.RecordBatch]
 """Row number of the first row among the readable rows, and the columns."""
@@ -67,7 +72,8 @@ def csv_header(path: Path, delimiter: str) -> list[str]:
 def read_csv(
     path: Path, columns: Sequence[str], quarantine: Quarantine, *, delimiter: str = ",", quoted: bool = True
 ) -> Iterator[Batch]:
-    """Batches of the named columns as bytes (UTF-8 is checked row by row later), header in the first line.
+    """Batches of the named columns as text, header in the first line. Bytes that are not UTF-8 become U+FFFD, which
+    no id may hold: pyarrow would lose such rows (its handler of invalid rows cannot take them).
 
     Raises:
         RequestError: unreadable, truncated gzip, or a column is missing.
@@ -83,7 +89,8 @@ def read_csv(
 
     first = 0
     try:
-        with _binary(path) as stream:
+        with _binary(path) as binary:
+            stream = io.BufferedReader(_Utf8Stream(binary), CSV_BLOCK)
             reader = pv.open_csv(
                 stream,
                 read_options=pv.ReadOptions(use_threads=False, block_size=CSV_BLOCK, column_names=header, skip_rows=1),
@@ -94,7 +101,7 @@ def read_csv(
                     invalid_row_handler=refuse,
                 ),
                 convert_options=pv.ConvertOptions(
-                    include_columns=list(columns), column_types=dict.fromkeys(columns, pa.binary()), check_utf8=False
+                    include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string()), check_utf8=False
                 ),
             )
             for batch in reader:
@@ -172,6 +179,31 @@ _STREAM_ERRORS = (*READ_ERRORS, EOFError, zlib.error)
 def _binary(path: Path) -> IO[bytes]:
     check_file(path)
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+class _Utf8Stream(io.RawIOBase):
+    """The bytes of a stream, with U+FFFD for what is not UTF-8."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill the buffer; 0 at the end."""
+        view = memoryview(buffer).cast("B")
+        while not self._ready:
+            piece = self._stream.read(len(view))
+            self._ready = self._decoder.decode(piece, final=not piece).encode()
+            if not piece:
+                break
+        size = min(len(view), len(self._ready))
+        view[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def _lines_of(path: Path, stream: IO[bytes]) -> Iterator[bytes]:
