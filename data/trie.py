@@ -2,8 +2,8 @@
 
 Nodes are numbered breadth first and edges in the same order, so edge e leads to node e + 1, the children of a node are
 neighbours, and the nodes of one depth form a range. Children are found through a CSR (`first_child`, `token`), and
-read as rows of a dense table per depth wherever that table is small (always at the root): a gather of rows is several
-times faster than expanding ranges.
+read as rows of a dense table per depth wherever that table is small (always at the root); elsewhere as windows of the
+edges, whose surplus is cleared, at two to three times the cost.
 
 The padded width of a depth is the largest fan-out at that depth, never that of the batch at hand, so that what is
 computed for a beam does not depend on which other beams are there.
@@ -25,10 +25,12 @@ from torch import Tensor
 from data.errors import RequestError
 from data.records import NO_ITEM, BoolArray, IntArray, LongArray
 
-DENSE_ENTRIES: Final = 1 << 22
-"""A depth whose padded table has at most this many entries is always dense (40 MB)."""
-DENSE_FACTOR: Final = 8
-"""A larger one is dense when the padding makes it at most this many times larger than its edges."""
+DENSE_ENTRIES: Final = 1 << 25
+"""A depth whose padded table has more entries than this is not dense (268 MB)."""
+DENSE_FACTOR: Final = 24
+"""Nor is one that the padding makes more than this many times larger than its edges."""
+MASK_WIDTH: Final = 1024
+"""Up to this width the masks of all fan-outs are kept (1 MB per depth)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,36 +165,52 @@ class ItemTrie:
         return int(self.item_start_V.diff().max())
 
     @cached_property
-    def tables(self) -> tuple[tuple[Tensor, Tensor] | None, ...]:
-        """Per depth (tokens [nodes, width], legal [nodes, width]), or None where the table would be too large.
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """Per depth the children's tokens [nodes, width], or None where the table would be too large.
 
         The deepest nodes have no children and no table.
         """
         return (*(self._table(depth) for depth in range(self.depth)), None)
 
-    def _table(self, depth: int) -> tuple[Tensor, Tensor] | None:
+    def _table(self, depth: int) -> Tensor | None:
         start, stop = self.level_start[depth], self.level_start[depth + 1]
         entries = (stop - start) * self.widths[depth]
         edges = int(self.first_child_V[stop] - self.first_child_V[start])
-        if depth > 0 and entries > max(DENSE_ENTRIES, DENSE_FACTOR * edges):
+        if depth > 0 and entries > min(DENSE_ENTRIES, DENSE_FACTOR * edges):
             return None
-        return self.expand(torch.arange(start, stop, device=self.device), self.widths[depth])
-
-    def expand(self, node_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Children of nodes read from the CSR: tokens int64 [N, width] padded with 0, and bool [N, width]."""
-        column_C = torch.arange(width, device=self.device)
-        first_N = self.first_child_V[node_N]
-        legal_NC = column_C < (self.first_child_V[node_N + 1] - first_N)[:, None]
-        edge_NC = (first_N[:, None] + column_C).clamp_(max=self.token_E.numel() - 1)
-        return self.token_E[edge_NC].masked_fill_(~legal_NC, 0), legal_NC
+        node_N = torch.arange(start, stop, device=self.device)
+        return self._windows(node_N, self._legal(self.fanout_V[node_N], depth))
 
     def children(self, node_N: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Children of nodes that all lie at `depth`: tokens int64 [N, C] padded with 0, and bool [N, C], both fresh."""
+        legal_NC = self._legal(self.fanout_V[node_N], depth)
         table = self.tables[depth]
         if table is None:
-            return self.expand(node_N, self.widths[depth])
-        row_N = node_N - self.level_start[depth]
-        return table[0].index_select(0, row_N), table[1].index_select(0, row_N)
+            return self._windows(node_N, legal_NC), legal_NC
+        return table.index_select(0, node_N - self.level_start[depth]), legal_NC
+
+    def _windows(self, node_N: Tensor, legal_NC: Tensor) -> Tensor:
+        """Tokens of the edges from each node's first one on, cleared where they belong to the next nodes."""
+        window_EC = self._padded_token_E.as_strided((self.token_E.numel() + 1, legal_NC.shape[1]), (1, 1))
+        return window_EC.index_select(0, self.first_child_V[node_N]).masked_fill_(~legal_NC, 0)
+
+    @cached_property
+    def _padded_token_E(self) -> Tensor:
+        """The tokens and a row of zeros behind them, so that a window of any width can begin at every edge."""
+        return torch.cat([self.token_E, self.token_E.new_zeros(max(self.widths))])
+
+    def _legal(self, fanout_N: Tensor, depth: int) -> Tensor:
+        """bool [N, C], true in the first `fanout` columns of each row."""
+        mask = self._prefix_masks[depth]
+        if mask is not None:
+            return mask.index_select(0, fanout_N)
+        return torch.arange(self.widths[depth], device=self.device) < fanout_N[:, None]
+
+    @cached_property
+    def _prefix_masks(self) -> tuple[Tensor | None, ...]:
+        """Per depth bool [width+1, width] with k true entries in row k: copying rows is ten times a comparison."""
+        column = [torch.arange(width + 1, device=self.device) for width in self.widths]
+        return tuple(c[:-1] < c[:, None] if len(c) <= MASK_WIDTH else None for c in column)
 
     @cached_property
     def _edge_key_E(self) -> Tensor:

@@ -6,14 +6,13 @@ the numbering, so the dead children of a beam are one range of that array: two b
 one scatter clears them from the mask. Because a node with anything left below it stays alive, only the root can be a
 dead end.
 
-Suffixes: `_P` prompt, `_N` state row, `_M` row of the next state, `_C` padded legal continuation, `_T` token.
+Suffixes: `_P` prompt, `_N` state row, `_M` row of the next state, `_C` padded legal continuation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -184,69 +183,3 @@ def _contains(sorted_K: Tensor, key: Tensor) -> Tensor:
     """Which keys occur in a sorted tensor that is not empty."""
     position = torch.searchsorted(sorted_K, key.contiguous()).clamp_(max=sorted_K.numel() - 1)
     return sorted_K[position] == key
-
-
-class ReplayedSets(NamedTuple):
-    """Legal sets along given completions."""
-
-    token_NTC: Tensor
-    """int64 [N, T, C] legal tokens, padded with 0."""
-    legal_NTC: Tensor
-    """bool [N, T, C], all false after the end of a completion."""
-    choice_NT: Tensor
-    """int64 [N, T] column of the completion's own token; 0 after its end."""
-
-
-def replay_legal_sets(
-    constraint: TrieConstraint,
-    exclusions_P: Sequence[IntArray],
-    prompt_N: Tensor,
-    token_NT: Tensor,
-    length_N: Tensor,
-) -> ReplayedSets:
-    """What was legal at every token of completions that were generated under `constraint`, without a model.
-
-    Args:
-        exclusions_P: exclusions of each prompt, as given to `start`.
-        prompt_N: int64 [N] prompt of each completion.
-        token_NT: [N, T] tokens; what lies past the length is not read.
-        length_N: [N] number of tokens; 0 for slots without a completion.
-
-    Returns:
-        Sets padded to the widest depth among the T positions, on the constraint's device.
-
-    Raises:
-        ValueError: a completion leaves the trie or takes an excluded item.
-    """
-    trie = constraint.trie
-    device = trie.device
-    rows, tokens = token_NT.shape
-    token_NT, length_N = token_NT.to(device).long(), length_N.to(device)
-    width = max(trie.widths[: min(tokens, trie.depth)], default=1)
-    token_NTC = torch.zeros(rows, tokens, width, dtype=torch.int64, device=device)
-    legal_NTC = torch.zeros(rows, tokens, width, dtype=torch.bool, device=device)
-    choice_NT = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-    state = constraint.start(exclusions_P)
-    at_M = prompt_N.to(device).long()  # rows of the state that the remaining completions stand at
-    left_M = torch.arange(rows, device=device)  # the remaining completions
-    for t in range(tokens):
-        keep = length_N[left_M] > t
-        at_M, left_M = at_M[keep], left_M[keep]
-        if not left_M.numel():
-            break
-        here = TrieState(
-            node_N=state.node_N[at_M],
-            prompt_N=state.prompt_N[at_M],
-            depth=t,
-            dead_K=state.dead_K,
-            excluded_K=state.excluded_K,
-        )
-        at_M = torch.arange(left_M.numel(), device=device)
-        own_M = token_NT[left_M, t]
-        state = constraint.advance(here, at_M, own_M)
-        legal = constraint.legal(here)
-        columns = legal.token_NC.shape[1]
-        token_NTC[left_M, t, :columns] = legal.token_NC
-        legal_NTC[left_M, t, :columns] = legal.legal_NC
-        choice_NT[left_M, t] = ((legal.token_NC == own_M[:, None]) & legal.legal_NC).int().argmax(1)
-    return ReplayedSets(token_NTC=token_NTC, legal_NTC=legal_NTC, choice_NT=choice_NT)

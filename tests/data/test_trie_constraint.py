@@ -1,8 +1,8 @@
 """Contract of `data.trie` and `data.trie_constraint`: at every prefix the legal tokens are exactly those of a search
 through the list of paths, with unequal depths, shared leaves, retired items, exclusions and end tokens; dead ends,
-illegal tokens and bad paths are refused; replay agrees with stepping; files and pickles keep the trie.
+illegal tokens and bad paths are refused; arrays and pickles keep the trie; where there is a GPU, it gives the same.
 
-Not checked: CUDA (needs a GPU; the same code on other tensors) and speed (a benchmark).
+Not checked: speed (`launch.trie_benchmark`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import data.trie
 from data.errors import RequestError, RunError
 from data.records import NO_ITEM
 from data.trie import ItemTrie, complete_paths
-from data.trie_constraint import TrieConstraint, TrieState, replay_legal_sets
+from data.trie_constraint import TrieConstraint, TrieState
 
 END = 9
 
@@ -64,9 +64,10 @@ def test_legal_sets_equal_a_search_through_the_paths(dense: bool, case: st.DataO
     with pytest.MonkeyPatch.context() as patch:
         if not dense:
             patch.setattr(data.trie, "DENSE_ENTRIES", 0)
-            patch.setattr(data.trie, "DENSE_FACTOR", 0)
+            patch.setattr(data.trie, "MASK_WIDTH", 0)
         trie = ItemTrie.build(*csr(paths), active=active, end_token=END)
-        assert all((table is None) != dense for table in trie.tables[1:-1])
+        tables = trie.tables  # made while the limits are patched, with the masks
+    assert dense or all(table is None for table in tables[1:])
     constraint = TrieConstraint(trie, exclude=True)
     alive = set(np.flatnonzero(active).tolist())
     allowed = [alive - set(excluded) for excluded in exclusions]
@@ -119,46 +120,6 @@ def test_only_legal_tokens_can_be_taken(case: st.DataObject, paths: list[list[in
         token = case.draw(st.sampled_from(legal))
         state = constraint.advance(state, torch.tensor([0]), torch.tensor([token]))
         prefix = (*prefix, token)
-
-
-@settings(deadline=None, max_examples=100)
-@given(case=st.data(), paths=paths_lists)
-def test_replay_gives_the_sets_that_decoding_saw(case: st.DataObject, paths: list[list[int]]) -> None:
-    full = completed(paths)
-    some = st.sets(st.integers(0, len(paths) - 1), max_size=len(paths) - 1)
-    exclusions = [sorted(case.draw(some)) for _ in range(2)]
-    allowed = [sorted(set(range(len(paths))) - set(excluded)) for excluded in exclusions]
-    chosen = [(p, case.draw(st.sampled_from(allowed[p]))) for p in case.draw(st.lists(st.integers(0, 1), max_size=6))]
-    longest = max(len(p) for p in full)
-    tokens = torch.full((len(chosen) + 1, longest), -1)
-    lengths = torch.zeros(len(chosen) + 1, dtype=torch.int64)  # the last row is an empty slot
-    for row, (_, item) in enumerate(chosen):
-        lengths[row] = len(full[item])
-        tokens[row, : len(full[item])] = torch.tensor(full[item])
-    constraint = TrieConstraint(ItemTrie.build(*csr(paths), end_token=END), exclude=True)
-    excluded = [np.asarray(e, dtype=np.int32) for e in exclusions]
-    replayed = replay_legal_sets(constraint, excluded, torch.tensor([p for p, _ in chosen] + [0]), tokens, lengths)
-    assert not replayed.legal_NTC[-1].any()
-    for row, (prompt, item) in enumerate(chosen):
-        for t in range(longest):
-            got = replayed.token_NTC[row, t][replayed.legal_NTC[row, t]].tolist()
-            path = full[item]
-            assert got == (brute_legal(full, set(allowed[prompt]), path[:t]) if t < len(path) else [])
-            if t < len(path):
-                assert int(replayed.token_NTC[row, t, replayed.choice_NT[row, t]]) == path[t]
-                assert bool(replayed.legal_NTC[row, t, replayed.choice_NT[row, t]])
-
-
-def test_replay_refuses_an_excluded_item() -> None:
-    constraint = TrieConstraint(ItemTrie.build(*csr([[1, 2], [1, 3]])), exclude=True)
-    with pytest.raises(ValueError, match="token 3 at position 1"):
-        replay_legal_sets(
-            constraint,
-            [np.asarray([1], dtype=np.int32)],
-            torch.tensor([0]),
-            torch.tensor([[1, 3]]),
-            torch.tensor([2]),
-        )
 
 
 @settings(deadline=None, max_examples=100)
@@ -254,3 +215,22 @@ def test_arrays_and_pickles_keep_the_trie() -> None:
     assert again.digest == trie.digest == pickle.loads(pickle.dumps(trie)).digest
     assert trie.to("cpu").digest == trie.digest
     assert ItemTrie.build(*csr([[1, 2], [1, 3], [5]])).digest != trie.digest
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs cuda")
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    rng = np.random.default_rng(0)
+    paths = rng.integers(0, 6, (150, 3)).tolist()
+    exclusions = [rng.choice(150, 40, replace=False).astype(np.int32) for _ in range(4)]
+    host = TrieConstraint(ItemTrie.build(*csr(paths)), exclude=True)
+    device = host.to("cuda")
+    here, there = host.start(exclusions), device.start(exclusions)
+    for _ in range(host.max_tokens):
+        legal, other = host.legal(here), device.legal(there)
+        assert torch.equal(legal.token_NC, other.token_NC.cpu())
+        assert torch.equal(legal.legal_NC, other.legal_NC.cpu())
+        parent, column = legal.legal_NC.nonzero(as_tuple=True)
+        token = legal.token_NC[parent, column]
+        here, there = host.advance(here, parent, token), device.advance(there, parent.cuda(), token.cuda())
+    assert torch.equal(host.items(here), device.items(there).cpu())
+    assert bool(device.done(there).all())
