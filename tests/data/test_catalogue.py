@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,36 @@ def test_random_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, nois
     codes_file.write_bytes(noise)
     with pytest.raises(RequestError):
         Codes.load(codes_file)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    ids=st.lists(st.none() | st.integers(-2, 4), max_size=4),
+    paths=st.lists(st.none() | st.lists(st.none() | st.integers(-1, 3), max_size=3), min_size=4, max_size=4),
+    in_order=st.booleans(),
+)
+def test_random_tables_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    ids: list[int | None],
+    paths: list[list[int | None] | None],
+    in_order: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("codes")
+    Codes.from_lists([[0]], [3, 3]).save(folder / "good.parquet")
+    metadata = pq.read_schema(folder / "good.parquet").metadata
+    shown = paths[: len(ids)]
+    columns = {
+        "item_id": pa.array(list(range(len(ids))) if in_order else ids, pa.int32()),
+        "path": pa.array(shown, pa.list_(pa.int32())),
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), folder / "bad.parquet")
+    sound = (in_order or ids == list(range(len(ids)))) and bool(ids)
+    sound = sound and all(path and len(path) <= 2 and all(c is not None and 0 <= c < 3 for c in path) for path in shown)
+    if sound:
+        assert Codes.load(folder / "bad.parquet").n_items == len(ids)
+    else:
+        with pytest.raises(RequestError):
+            Codes.load(folder / "bad.parquet")
 
 
 def test_codes_come_back_equal_with_their_provenance(tmp_path: Path) -> None:
