@@ -48,12 +48,20 @@ _COLUMNS = ("user_id", "history", "target")
 
 
 def import_given(
-    path: Path, out: Path, rules: ImportRules, *, train_aux: bool = False, name: str = "", overwrite: bool = False
+    path: Path,
+    out: Path,
+    rules: ImportRules,
+    *,
+    train_aux: bool = False,
+    caveat: str = "",
+    name: str = "",
+    overwrite: bool = False,
 ) -> Dataset:
     """Import a folder with items.parquet, train.parquet, valid.parquet and test.parquet.
 
     Args:
         train_aux: add the rows of train_aux.parquet (without times) to the training rows.
+        caveat: words that every evaluation on the dataset carries; empty for none.
 
     Raises:
         RequestError: as `data.importing.import_source`, or a split without rows.
@@ -109,6 +117,7 @@ def import_given(
             "repaired": dict(sorted(quarantine.repaired.items())),
             "split": {**Given().model_dump(mode="json"), "rows": rows},
             "digests": digests,
+            **({"caveat": caveat} if caveat else {}),
         }
         finish_card(folder, card)
     return Dataset.open(out)

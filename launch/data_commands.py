@@ -60,6 +60,8 @@ class ImportCommand(ImportRules):
     """Unit of numeric times of a table: s, ms, us, ns, or order (numbers that only order a user's events)."""
     train_aux: bool = False
     """Add train_aux.parquet of a given split (rows without times) to its training rows."""
+    caveat: str = ""
+    """Words that every evaluation on a given split must carry, such as `trained on 71 % of the training split`."""
 
 
 class InspectCommand(Settings):
@@ -106,7 +108,13 @@ def import_data(arguments: ImportCommand) -> Dataset:
         path = _path(arguments)
         out = arguments.out or Path("datasets") / (arguments.name or path.name)
         return import_given(
-            path, out, rules, train_aux=arguments.train_aux, name=arguments.name, overwrite=arguments.overwrite
+            path,
+            out,
+            rules,
+            train_aux=arguments.train_aux,
+            caveat=arguments.caveat,
+            name=arguments.name,
+            overwrite=arguments.overwrite,
         )
     source = _source(arguments)
     out = arguments.out or Path("datasets") / (arguments.name or source.name)
@@ -156,6 +164,8 @@ def _check_combination(arguments: ImportCommand) -> None:
         raise RequestError("--items", f"with --source {source}", "--source table, amazon-2018 or amazon-2023")
     if arguments.train_aux and source is not SourceKind.GIVEN:
         raise RequestError("--train-aux", f"with --source {source}", "--source given")
+    if arguments.caveat and source is not SourceKind.GIVEN:
+        raise RequestError("--caveat", f"with --source {source}", "--source given")
     if source is SourceKind.GIVEN:
         _check_given(arguments)
 
