@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.catalogue import Catalogue
 from data.errors import RequestError, RunError, WindlassError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
@@ -234,5 +232,5 @@ def _check_resources(settings: RolloutSettings) -> None:
         )
     if total.get("GPU", 0) < settings.gpus * settings.engines:
         raise RequestError("rollout.gpus", settings.gpus, f"{total.get('GPU', 0)} GPUs in the cluster in all")
-    if settings.engine is EngineKind.VLLM and not torch.cuda.is_available() and settings.block_size % 32:
+    if settings.engine is EngineKind.VLLM and settings.gpus == 0 and settings.block_size % 32:
         raise RequestError("rollout.block_size", settings.block_size, "a multiple of 32 on CPU")

@@ -1,6 +1,6 @@
 """Every name of vLLM's internals that windlass touches, and nothing else of vLLM is touched.
 
-vLLM promises none of these, so they are listed (`NAMES`), checked by a test and by `windlass doctor`, and used through
+vLLM promises none of these, so they are listed (`NAMES`), checked by a test (`missing_names`), and used through
 the functions below only. On a new vLLM version this is the file to read first.
 
 `vllm` is imported inside the functions: the module itself imports without it.

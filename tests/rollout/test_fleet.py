@@ -143,6 +143,7 @@ def test_a_silent_engine_ends_the_request(small_fleet: RolloutFleet, catalogue: 
     [
         ({"engines": 99}, r"rollout\.engines: 99; legal: at most 8"),
         ({"gpus": 1.0}, r"rollout\.gpus: 1\.0"),
+        ({"engine": EngineKind.VLLM, "block_size": 48}, r"rollout\.block_size: 48; legal: a multiple of 32"),
         ({"max_model_len": 9999}, r"rollout\.max_model_len: 9999; legal: at most 512"),
     ],
 )
