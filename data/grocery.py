@@ -67,7 +67,8 @@ def complete_journey(path: Path | None = None) -> Source:
         file = folder / "products.parquet"
         for first, batch in read_parquet(file, _PRODUCT):
             key, kind, size, *rest = (batch.column(name) for name in _PRODUCT)
-            title = pc.binary_join_element_wise(kind, size, " ", null_handling="skip")
+            # Not null_handling="skip": pyarrow 26 then leaves out rows in which everything is null.
+            title = pc.utf8_trim_whitespace(pc.binary_join_element_wise(kind.fill_null(""), size.fill_null(""), " "))
             title = pc.if_else(kind.is_null(), pa.scalar(None, pa.string()), title)
             attributes = pa.RecordBatch.from_arrays([*rest, size], _ATTRIBUTES.names)
             yield RawItems(source=file.name, first_row=first, key=key, title=title, attributes=attributes)

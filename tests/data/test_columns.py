@@ -7,6 +7,7 @@ a reason, and nothing raises but RequestError.
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -107,11 +108,12 @@ def _columns(draw: st.DrawFn) -> pa.Array:
 @settings(max_examples=300, deadline=None)
 def test_every_row_has_a_value_or_a_reason(column: pa.Array, unit: TimeUnit) -> None:
     rows = len(column)
-    for convert, optional in (
+    converters: list[tuple[Callable[[], Column], bool]] = [
         (lambda: _key(column), False),
         (lambda: seconds(column, "timestamp", unit), False),
         (lambda: ratings(column, rows, "rating"), True),
-    ):
+    ]
+    for convert, optional in converters:
         try:
             converted = convert()
         except RequestError:

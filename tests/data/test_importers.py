@@ -123,22 +123,22 @@ def test_amazon_2023_layout(tmp_path: Path) -> None:
 
 def test_complete_journey_wheel_layout(tmp_path: Path) -> None:
     times = pa.array([dt.datetime(2017, 1, 1, 0, 0, n) for n in range(4)], pa.timestamp("ns"))
-    purchases = {"household_id": [900] * 4, "product_id": [7, 8, 9, 7], "transaction_timestamp": times}
+    purchases = {"household_id": [900] * 4, "product_id": [7, 8, 9, 6], "transaction_timestamp": times}
     pq.write_table(pa.table(purchases), tmp_path / "transactions.parquet")
     products = {
-        "product_id": [7, 8, 9],
-        "product_type": ["ICE", None, "EGGS"],
-        "package_size": ["22 LB", "3 OZ", None],
-        "brand": ["National"] * 3,
-        "product_category": ["FRZN ICE", None, "EGGS"],
-        "department": ["GROCERY"] * 3,
+        "product_id": [7, 8, 9, 6],
+        "product_type": ["ICE", None, "EGGS", None],
+        "package_size": ["22 LB", "3 OZ", None, None],
+        "brand": ["National"] * 4,
+        "product_category": ["FRZN ICE", None, "EGGS", None],
+        "department": ["GROCERY"] * 4,
     }
     pq.write_table(pa.table(products), tmp_path / "products.parquet")
     dataset = import_source(complete_journey(tmp_path), tmp_path / "out", _LAST)
-    assert _keys(dataset) == {("900", str(i), 1483228800 + n) for n, i in enumerate([7, 8, 9, 7])}
+    assert _keys(dataset) == {("900", str(i), 1483228800 + n) for n, i in enumerate([7, 8, 9, 6])}
     items = dataset.items()
-    assert items["title"].to_pylist() == ["ICE 22 LB", "8", "EGGS"]
-    assert items["has_title"].to_pylist() == [True, False, True]
+    assert items["title"].to_pylist() == ["ICE 22 LB", "8", "EGGS", "6"]
+    assert items["has_title"].to_pylist() == [True, False, True, False]
 
 
 def _given_folder(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
@@ -268,4 +268,4 @@ def test_commands_refuse_what_they_would_ignore(tmp_path: Path) -> None:
         ({"source": SourceKind.GIVEN, "path": tmp_path, "user_core": 5}, "--user-core"),
     ):
         with pytest.raises(RequestError, match=message):
-            import_data(ImportCommand(out=tmp_path / "out", **arguments))  # type: ignore[arg-type]
+            import_data(ImportCommand(out=tmp_path / "out", **arguments))

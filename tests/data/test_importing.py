@@ -225,13 +225,14 @@ def test_order_of_the_source_decides_ties_and_disorder_is_counted(tmp_path: Path
 def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     rows: list[Row] = [(u, (u + t) % 7, t, 1.0) for u in range(5) for t in range(8)]
     prints = {}
-    for name, changed, rules in [
+    cases: list[tuple[str, list[Row], dict[str, Any]]] = [
         ("a", rows, {}),
         ("again", rows, {}),
         ("shuffled", rows[::-1], {}),
         ("event", [*rows[:-1], (4, 6, 7, 1.0)], {}),
         ("split", rows, {"split": "leave_one_out"}),
-    ]:
+    ]
+    for name, changed, rules in cases:
         (tmp_path / name).mkdir()
         prints[name] = _import(tmp_path / name, changed, **rules).fingerprint
     assert prints["a"] == prints["again"]

@@ -56,7 +56,7 @@ def test_starts_ends_and_targets() -> None:
 
 def test_leave_one_out_needs_three_events() -> None:
     user_E = np.asarray([0, 0, 0, 0, 1, 1, 2, 2, 2])
-    part_E = part_of_events(user_E, np.zeros(9), LeaveOneOut())
+    part_E = part_of_events(user_E, np.zeros(9, np.int64), LeaveOneOut())
     assert part_E.tolist() == [0, 0, 1, 2, 0, 0, 0, 1, 2]
 
 
