@@ -27,3 +27,10 @@ class PromptSettings(InteractionSettings):
     """Name of the semantic IDs: codes/NAME.parquet in the dataset folder (written by `windlass data ids`)."""
     max_prompt_tokens: int = Field(256, ge=2)
     """Longest prompt; a longer one is kept, shortened from the oldest item, and counted."""
+
+
+class RolloutDataSettings(PromptSettings):
+    """Which interactions an `rl` job takes prompts from."""
+
+    latest_rows: int | None = Field(None, ge=1)
+    """Roll out only on the latest so many training rows; none takes all. Recent rows resemble what is asked next."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from data.catalogue import Catalogue
 from data.errors import RequestError
+from data.records import FloatArray
 from trainer.checkpoints import model_folder
 from trainer.jobs import PRESETS
 
@@ -23,7 +25,16 @@ CATALOGUE: Final = "catalogue"
 """Folder of the catalogue inside an `hf` folder."""
 MAX_POSITIONS: Final = 4096
 
-SHAPES: Final[Mapping[str, Mapping[str, int]]] = {
+SHAPES: Final[Mapping[str, Mapping[str, int | float]]] = {
+    "mini": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.05,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -41,17 +52,34 @@ SHAPES: Final[Mapping[str, Mapping[str, int]]] = {
         "head_dim": 64,
     },
 }
-"""Shapes of the presets; `small` is the model of the benchmarks (10.6 M parameters at 1,031 tokens)."""
+"""Shapes of the presets; `mini` is the model of the demo (0.13 M parameters at 324 tokens), `small` is the model of the
+benchmarks (10.6 M parameters at 1,031 tokens)."""
 
 
-def prepare_initial_model(init: str, catalogue: Catalogue, *, seed: int, dtype: torch.dtype, target: Path) -> Path:
+def prepare_initial_model(
+    init: str,
+    catalogue: Catalogue,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    target: Path,
+    codebooks: Sequence[FloatArray] | None = None,
+) -> Path:
     """The `hf` folder a job starts from: `target` for a preset (written there), the given folder otherwise.
+
+    Args:
+        init: a preset, or a model folder, checkpoint or run.
+        catalogue: what the model is to recommend from.
+        seed: of random weights.
+        dtype: of the weights on disk.
+        target: where a preset is written.
+        codebooks: of the catalogue's codes (`data.code_vectors`): a preset's code embeddings start there.
 
     Raises:
         RequestError: neither a preset nor a model folder, or a model with another vocabulary or catalogue.
     """
     if init in PRESETS:
-        write_preset(init, catalogue, seed=seed, dtype=dtype, target=target)
+        write_preset(init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks)
         return target
     folder = model_folder(Path(init)).resolve()
     check_fits(folder, catalogue)
@@ -73,7 +101,15 @@ def check_fits(folder: Path, catalogue: Catalogue) -> None:
         )
 
 
-def write_preset(name: str, catalogue: Catalogue, *, seed: int, dtype: torch.dtype, target: Path) -> None:
+def write_preset(
+    name: str,
+    catalogue: Catalogue,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    target: Path,
+    codebooks: Sequence[FloatArray] | None = None,
+) -> None:
     """Write a Qwen3 of the named shape with random weights; the same seed gives the same file."""
     config = preset_config(name, catalogue)
     from transformers import AutoModelForCausalLM
@@ -81,12 +117,31 @@ def write_preset(name: str, catalogue: Catalogue, *, seed: int, dtype: torch.dty
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
+        if codebooks is not None:
+            start_at_codebooks(model.get_input_embeddings().weight, catalogue, codebooks, config.initializer_range)
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
     model.to(dtype).save_pretrained(target)
     catalogue.vocabulary.save_tokenizer(target)
     catalogue.save(target / CATALOGUE)
+
+
+@torch.no_grad()
+def start_at_codebooks(
+    embedding_VH: Tensor, catalogue: Catalogue, codebooks: Sequence[FloatArray], spread: float
+) -> None:
+    """Set the embeddings of codes to a random projection of the quantiser's centres, each level scaled to `spread`.
+
+    A random projection keeps distances nearly as they are, so codes begin as near to each other as their items are.
+    """
+    vocabulary = catalogue.vocabulary
+    dims = codebooks[0].shape[1]
+    projection_DH = torch.randn(dims, embedding_VH.shape[1]) / dims**0.5
+    for level, codebook_CD in enumerate(codebooks):
+        first = vocabulary.code_token(level, 0)
+        start_CH = torch.from_numpy(codebook_CD).float() @ projection_DH
+        embedding_VH[first : first + len(start_CH)] = start_CH * (spread / start_CH.std().clamp_min(1e-12))
 
 
 def preset_config(name: str, catalogue: Catalogue) -> Any:

@@ -7,6 +7,7 @@ in `check_catalogue`, which the loop calls before it starts any process.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,7 +15,7 @@ from pydantic import Field, model_validator
 
 from data.errors import RequestError
 from data.settings import Settings
-from data.settings_data import InteractionSettings, PromptSettings
+from data.settings_data import InteractionSettings, PromptSettings, RolloutDataSettings
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
@@ -33,8 +34,19 @@ from trainer.settings import LearnerSettings
 
 ROW_MULTIPLE = 16
 """learner.row_tokens is a multiple of this."""
-PRESETS = ("tiny", "small")
+PRESETS = ("mini", "tiny", "small")
 """Model sizes that `init` can name."""
+
+
+class InitEmbeddings(StrEnum):
+    """Where a preset's code embeddings come from."""
+
+    AUTO = "auto"
+    """`codes` where the codes have codebooks, else `random`."""
+    CODES = "codes"
+    """The centres of the quantiser that made the codes, projected to the model's width."""
+    RANDOM = "random"
+    """Noise, like every other weight."""
 
 
 class JobSettings(Settings):
@@ -60,7 +72,9 @@ class PolicyJobSettings(JobSettings):
     data: PromptSettings
     """Dataset and prompts."""
     init: str = Field("tiny", min_length=1)
-    """Where the weights come from: a preset (tiny, small: random weights), or an hf, checkpoint or run folder."""
+    """Where the weights come from: a preset (mini, tiny, small: random weights), or an hf, checkpoint or run folder."""
+    init_embeddings: InitEmbeddings = InitEmbeddings.AUTO
+    """Code embeddings of a preset: codes (the quantiser's centres), random, or auto (codes where they are there)."""
     learner: LearnerSettings = LearnerSettings()
     """The DeepSpeed learners."""
     rollout: RolloutSettings = RolloutSettings()
@@ -72,6 +86,8 @@ class PolicyJobSettings(JobSettings):
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
+        if self.init_embeddings is InitEmbeddings.CODES and self.init not in PRESETS:
+            raise RequestError("init_embeddings", "codes", f"auto, or init one of {', '.join(PRESETS)}")
         prompt = self.data.max_prompt_tokens
         if self.learner.row_tokens <= prompt:
             raise RequestError(
@@ -100,6 +116,8 @@ class RlJob(PolicyJobSettings):
 
     job: Literal["rl"] = "rl"
     """Kind of job."""
+    data: RolloutDataSettings
+    """Dataset and prompts."""
     batch_prompts: int = Field(64, ge=1)
     """Prompts per rollout batch; a multiple of objective.minibatches and of rollout.shard_size."""
     reward: RewardSettings = RewardSettings()

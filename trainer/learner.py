@@ -26,6 +26,7 @@ from rollout.movers import Endpoint, MoverRequest
 from rollout.probe import Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 from rollout.sending import Outbox
+from trainer.dropout import BranchDropout
 from trainer.export import export_hf
 from trainer.learner_state import OptimiserState, load_state, save_state
 from trainer.legal import LegalTable, replay
@@ -90,6 +91,8 @@ class Learner:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
         if settings.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._seed = seed
+        self._dropout = BranchDropout(lm, settings.dropout)
         self._reference: Policy | None = None
         if reference_dir is not None:
             frozen = load_language_model(Path(reference_dir), self._dtype).to(self._device)
@@ -100,7 +103,7 @@ class Learner:
 
     def _start_engine(self, policy: Policy) -> None:
         policy.to(self._device)
-        policy.train()  # activation checkpointing asks for it; there is no dropout
+        policy.train()  # activation checkpointing asks for it; the model has no dropout of its own
         optimiser = adamw(policy, self.settings)
         optimiser.register_step_pre_hook(self._before_optimiser_step)
         self._engine = start_engine(policy, optimiser, self.settings, self.place.ranks)
@@ -237,12 +240,14 @@ class Learner:
         pieces = sequence_pieces(rows, self.settings.row_tokens)
         count = max(sum(len(piece.target_K) for piece in pieces), 1)
         parts = []
-        for batch in self._deal(pieces):
-            moved = batch.to(self._device)
-            logits_UV = self._engine(moved)
-            nll = -full_log_probabilities(logits_UV, moved).sum()
-            parts.append({"loss": float(nll.detach().double()) / count, "tokens": float(len(batch.target_K))})
-            self._backward(nll / count, logits_UV)
+        devices = [self._device] if self._cuda else []
+        with self._dropout.applied(self._seed, self.step, self.place.rank, devices):
+            for batch in self._deal(pieces):
+                moved = batch.to(self._device)
+                logits_UV = self._engine(moved)
+                nll = -full_log_probabilities(logits_UV, moved).sum()
+                parts.append({"loss": float(nll.detach().double()) / count, "tokens": float(len(batch.target_K))})
+                self._backward(nll / count, logits_UV)
         return self._finish_step(join_statistics(parts))
 
     @torch.no_grad()
@@ -311,11 +316,12 @@ class Learner:
 
     def send_push(self, message: PushMessage) -> Receipt | None:
         """For the weight channel: all ranks gather, rank 0 sends."""
-        if self.place.rank == 0:
-            return self._outbox.send(message, self._travelling())
-        for _ in self._travelling():
-            pass
-        return None
+        tensors = self._travelling()
+        try:
+            return self._outbox.send(message, tensors) if self.place.rank == 0 else None
+        finally:
+            for _ in tensors:  # a push that failed half way must not leave the other ranks alone in a gather
+                pass
 
     def _travelling(self) -> Iterator[tuple[str, Tensor]]:
         """What the weight channel carries, in the order of `describe_weights`."""

@@ -112,7 +112,7 @@ class LearnerGroup:
             settings: the learner's section of the configuration.
             hf_dir: Hugging Face folder all ranks can read.
             catalogue: gives the item trie that legal sets are replayed from.
-            seed: of torch's generator; nothing in the learner draws from it today.
+            seed: of what the learner draws: the dropout of supervised steps.
             total_steps: optimiser steps of the whole job, for the schedule.
             reference_dir: Hugging Face folder of a frozen reference policy; None loads none.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from data.catalogue import Catalogue
+from data.code_vectors import codebooks_path, load_codebooks
+from data.codes import load_codes
 from data.dataset import Dataset
 from data.prompts import PromptBuilder
+from data.records import FloatArray
 from trainer.checkpoints import Facts
 from trainer.evaluation import Evaluator
-from trainer.jobs import RlJob, SftJob, check_catalogue
+from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob, check_catalogue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +41,31 @@ class PolicyData:
         """What checkpoints of the job belong to."""
         return Facts(catalogue_digest=self.catalogue.digest, vocabulary_size=self.catalogue.vocabulary.size)
 
+    def codebooks(self, job: SftJob | RlJob) -> tuple[FloatArray, ...] | None:
+        """Where the code embeddings of the job's preset start; none means at random.
+
+        Raises:
+            RequestError: `init_embeddings` asks for codebooks that are absent or damaged.
+        """
+        if job.init not in PRESETS or job.init_embeddings is InitEmbeddings.RANDOM:
+            return None
+        path = codebooks_path(self.dataset.path, job.data.codes)
+        if job.init_embeddings is InitEmbeddings.AUTO and not path.is_file():
+            return None
+        return load_codebooks(path, load_codes(self.dataset.path, job.data.codes, self.dataset.n_items))
+
     def evaluator(self, job: SftJob | RlJob, split: str = "valid") -> Evaluator:
-        """The evaluator of the job's section `evaluation`."""
+        """The evaluator of the job's section `evaluation`: of the validation rows, or of the test rows at the end."""
         settings = job.evaluation
+        final = split == "test"
         return Evaluator(
             self.dataset,
             self.catalogue,
             self.builder,
             split=split,
-            rows=settings.rows,
+            rows=settings.test_rows if final else settings.rows,
             ks=settings.k,
             batch=settings.batch,
             seed=job.seed,
-            unconstrained_rows=settings.unconstrained_rows,
+            unconstrained_rows=settings.test_unconstrained_rows if final else settings.unconstrained_rows,
         )

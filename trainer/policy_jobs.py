@@ -15,11 +15,12 @@ from data.feed import Feed
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
+from trainer.checkpoints import read_manifest
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob
 from trainer.loop import ReplayLoop, RlLoop
 from trainer.policy_data import PolicyData
-from trainer.policy_run import PolicyRun, policy_run
+from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
 from trainer.rollout_only import dump_rollouts
 from trainer.run_log import METRICS, read_metrics
 from trainer.sft import SftLoop, WindowFeed
@@ -45,16 +46,18 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
         _restore_cursor(run, feed)
         loop = SftLoop(settings=job, job=job, host=run, state=run.state, feed=feed, learners=run.learners)
         reason = loop.run()
-        return summary(run, loop, reason, time.monotonic() - begun)
+        test = test_best(run, interrupted=reason == "interrupted")
+        return summary(run, loop, reason, time.monotonic() - begun) | test
 
 
 def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
     """Train on rollouts, or only dump them, or train from a dump; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
-    feed = Feed(
-        data.dataset.samples("train"), data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint
-    )
+    samples = data.dataset.samples("train")
+    if job.data.latest_rows is not None:
+        samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
+    feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
     if job.rollout_only is not None:
         with reward_scorer(job) as (rewards, _):
             return dump_rollouts(job, data, feed, rewards, run_dir, interruption)
@@ -94,7 +97,8 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
         else:
             loop = RlLoop(**common, rollouts=run.started_fleet, rewards=rewards)
         reason = loop.run()
-        result = summary(run, loop, reason, time.monotonic() - begun)
+        test = test_best(run, interrupted=reason == "interrupted")
+        result = summary(run, loop, reason, time.monotonic() - begun) | test
         result["reward"] = {
             "backend": "ray-serve" if service is not None else "rules",
             "requests": 0 if rewards.client is None else rewards.client.requests,
@@ -161,9 +165,43 @@ def summary(run: PolicyRun, loop: RlLoop | SftLoop, reason: str, seconds: float)
         result["policy_gap"] = {
             "mean": float(np.mean([mean for mean, _ in gaps])),
             "max": float(np.max([most for _, most in gaps])),
-            "noise": float(np.mean(noise)) if noise else None,
+            # A float32 learner is its own float32 twin: no noise was measured because there is none.
+            "noise": float(np.mean(noise)) if noise else 0.0,
         }
     return result
+
+
+def test_best(run: PolicyRun, *, interrupted: bool) -> dict[str, Any]:
+    """`{"test": ...}`: the best checkpoint on the test rows, by the processes that are up already; or nothing.
+
+    The learners take the checkpoint's weights and push them, with the checks of every push. Nothing is selected by
+    the result. The values per row are kept as `rows/test.parquet`.
+    """
+    settings = run.job.evaluation
+    best = run.store.best()
+    if not settings.test_rows or interrupted or run.fleet is None or best is None:
+        return {}
+    begun = time.monotonic()
+    run.learners.load(best / STATE)
+    step = read_manifest(best).step
+    run.push(step)
+    evaluation = run.data.evaluator(run.job, "test").run(run.fleet)
+    write_rows(run.run_dir, "test", evaluation, run.data, split="test")
+    values = evaluation.items.values
+    return {
+        "test": {
+            **{name: value for name, value in values.items() if not name.startswith("invalid@")},
+            "n": evaluation.items.n,
+            "invalid": {
+                "constrained": values[f"invalid@{max(settings.k)}"],
+                "unconstrained": evaluation.unconstrained_invalid,
+            },
+            "step": step,
+            "exclude_seen": run.job.data.exclude_seen,
+            "violations": sum(run.fleet.violations.values()),
+            "seconds": time.monotonic() - begun,
+        }
+    }
 
 
 def weight_versions(steps: list[dict[str, Any]]) -> list[int]:

@@ -175,6 +175,7 @@ def policy_run(
         seed=job.seed,
         dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
         target=run_dir / "initial",
+        codebooks=data.codebooks(job),
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     with ExitStack() as stack:

@@ -35,7 +35,14 @@ def dump_rollouts(
     assert job.rollout_only is not None
     begun = time.monotonic()
     dtype = torch.float32 if job.rollout.dtype is EngineDtype.FLOAT32 else torch.bfloat16
-    hf_dir = prepare_initial_model(job.init, data.catalogue, seed=job.seed, dtype=dtype, target=run_dir / "initial")
+    hf_dir = prepare_initial_model(
+        job.init,
+        data.catalogue,
+        seed=job.seed,
+        dtype=dtype,
+        target=run_dir / "initial",
+        codebooks=data.codebooks(job),
+    )
     steps = job.limits.max_steps or feed.batches_per_epoch
     tracker = FailureTracker(job.reward)
     done = 0

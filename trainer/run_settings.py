@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from data.settings import Settings
+from reward.names import RankingMetric
 
 
 class LimitSettings(Settings):
@@ -42,14 +43,21 @@ class EvaluationSettings(Settings):
     """Prompts per request to the fleet."""
     unconstrained_rows: int = Field(0, ge=0)
     """Rows that are decoded without the constraint as well, for the invalid rate."""
+    test_rows: int = Field(0, ge=0)
+    """Rows of the test split, a seeded sample, on which the best checkpoint is evaluated at the end; 0 leaves the test
+    split alone."""
+    test_unconstrained_rows: int = Field(500, ge=0)
+    """Rows of that sample that are decoded without the constraint as well."""
 
     @model_validator(mode="after")
     def _cutoffs(self) -> Self:
         if min(self.k) < 1 or list(self.k) != sorted(set(self.k)):
             raise ValueError(f"k is {list(self.k)}; legal: increasing integers from 1, for example [1, 5, 10]")
-        name, at, cutoff = self.metric.partition("@")
-        if at and (not cutoff.isdecimal() or int(cutoff) not in self.k):
-            names = ", ".join(f"{name}@{k}" for k in self.k)
+        name, _, cutoff = self.metric.partition("@")
+        measured = [metric.value for metric in RankingMetric if metric is not RankingMetric.INVALID]
+        if name not in measured or not cutoff.isdecimal() or int(cutoff) not in self.k:
+            shown = [name] if name in measured else measured
+            names = ", ".join(f"{name}@{k}" for name in shown for k in self.k)
             raise ValueError(f"metric is {self.metric!r}, which is not measured; legal with this k: {names}")
         return self
 

@@ -66,6 +66,8 @@ class LearnerSettings(Settings):
     """Largest global gradient norm; 0 turns clipping off."""
     threads: int = Field(0, ge=0)
     """CPU threads per rank; 0 shares the machine's cores among the ranks."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout behind embeddings, attention and MLP in supervised steps; scores and RL updates never have any."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     timeout_s: float = Field(600.0, gt=0)
