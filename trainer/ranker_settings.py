@@ -22,6 +22,15 @@ class RankerKind(StrEnum):
     """Number of training events (reward.popularity)."""
 
 
+class InitialItems(StrEnum):
+    """Where the item embeddings of SASRec begin."""
+
+    COOCCURRENCE = "cooccurrence"
+    """Co-occurrence vectors of the training events; takes a quarter of the epochs of a random start."""
+    RANDOM = "random"
+    """Small random numbers, as in the paper."""
+
+
 class SASRecSettings(Settings):
     """Shape and training of SASRec."""
 
@@ -31,8 +40,10 @@ class SASRecSettings(Settings):
     """Attention blocks."""
     heads: int = Field(2, ge=1, le=64)
     """Attention heads."""
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
     """Dropout while training."""
+    initial_items: InitialItems = InitialItems.COOCCURRENCE
+    """Item embeddings begin as cooccurrence vectors (of training events) or random."""
     lr: float = Field(1e-3, gt=0, le=1)
     """Learning rate of AdamW after warm-up."""
     warmup_steps: int = Field(50, ge=0)
@@ -62,7 +73,7 @@ class CooccurrenceSettings(Settings):
 
     window: int = Field(20, ge=1, le=1000)
     """Items further apart in a user's sequence do not count as together; a pair counts 1/distance."""
-    normalisation: float = Field(0.25, ge=0, le=1)
+    normalisation: float = Field(0.35, ge=0, le=1)
     """Exponent of both items' counts that a pair is divided by; 0.5 is the cosine."""
     recency: float = Field(0.8, gt=0, le=1)
     """Weight of a history item relative to the next newer one."""

@@ -23,14 +23,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.dataset import Sequences
+from data.embeddings import cooccurrence_vectors
 from data.errors import RunError
 from reward.sasrec import SASRec, SASRecShape
-from trainer.ranker_settings import SASRecSettings
+from trainer.ranker_settings import InitialItems, SASRecSettings
 
 BETAS = (0.9, 0.98)
 FINAL_LR = 0.02
 """Share of the learning rate that is left at the planned end."""
 NO_TARGET = -100
+COOCCURRENCE_WINDOW = 10
+"""Events; items further apart do not count as together."""
+COOCCURRENCE_STD = 0.1
+"""Standard deviation of the initial item embeddings."""
+_TURN_STREAM = 7
 Arrays = dict[str, np.ndarray]
 
 
@@ -89,6 +95,8 @@ class SASRecTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = SASRec(shape)
+        if settings.initial_items is InitialItems.COOCCURRENCE:
+            self._begin_with_cooccurrence()
         matrices = [p for name, p in self.network.named_parameters() if _decays(name, p)]
         others = [p for name, p in self.network.named_parameters() if not _decays(name, p)]
         self.optimiser = torch.optim.AdamW(
@@ -96,6 +104,17 @@ class SASRecTraining:
             lr=settings.lr,
             betas=BETAS,
         )
+
+    def _begin_with_cooccurrence(self) -> None:
+        """Item embeddings from co-occurrence, turned so that no dimension (and no head) gets all the large values."""
+        n_items, width = self.network.shape.n_items, self.network.shape.width
+        dims = min(n_items - 1, width)
+        vectors = cooccurrence_vectors(self.sequences, n_items, dims, COOCCURRENCE_WINDOW).astype(np.float64)
+        turn = np.linalg.qr(np.random.default_rng([self.seed, _TURN_STREAM]).normal(size=(width, width)))[0][:dims]
+        turned = vectors @ turn
+        scaled = turned * (COOCCURRENCE_STD / max(turned.std(), 1e-12))
+        with torch.no_grad():
+            self.network.item.weight[:n_items] = torch.from_numpy(scaled.astype(np.float32))
 
     def epoch(self, *, planned_epochs: float, planned_steps: float) -> Iterator[dict[str, float]]:
         """Take the steps of the next epoch, yielding the metrics of each.
