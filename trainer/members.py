@@ -58,7 +58,7 @@ def with_ground_truth(scored: ScoredGroups, completions: Completions, *, added: 
     token_mask_PGT = completions.token_mask_PGT
     valid_PG = completions.valid_PG & scored.usable_P[:, None]
     kind_PG = np.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=np.int64)
-    reward_PG = torch.from_numpy(scored.reward_PG)
+    reward_PG = torch.tensor(scored.reward_PG)
     if added:
         # The ground truth needs no reward, so it stays in groups whose rewards failed.
         valid_PG[:, -1] = completions.valid_PG[:, -1]

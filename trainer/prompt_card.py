@@ -1,4 +1,4 @@
-"""How prompts of a model are written: a small file beside its weights, so that whoever loads it asks as it was trained."""
+"""How prompts of a model are written: a small file beside its weights, so that others ask as it was trained."""
 
 from __future__ import annotations
 

@@ -1,0 +1,279 @@
+"""The RL loop in one process: reference engine, a DeepSpeed learner and the real weight channel, without Ray.
+
+Checks what a step does to state, versions, metrics and checkpoints; that k steps, a restart and N-k steps equal N
+steps; that training from a dump takes the step the dump was made for; minibatches; the ground-truth branch; and what
+stops a run. Real processes: tests/launch/test_whole_job.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import RunError
+from data.feed import Feed
+from data.records import DecodeSpec, Groups, Prompt, RewardFailure, ScoredGroups
+from data.trie_constraint import TrieConstraint
+from reward.failures import FailureTracker
+from reward.scoring import RewardScorer
+from rollout.channel import WeightChannel
+from rollout.engine import Engine, build_engine
+from rollout.peers import LocalPeer
+from rollout.probe import GapAlarm, item_probe
+from tests.requirements import require
+from tests.small_world import recipe, write_dataset
+from trainer.evaluation import Evaluation
+from trainer.group_dump import write_step
+from trainer.initial_model import prepare_initial_model
+from trainer.jobs import RlJob
+from trainer.learner_group import LearnerGroup
+from trainer.loop import ReplayLoop, RlLoop
+from trainer.policy_data import PolicyData
+from trainer.run_log import reproducible
+from trainer.run_state import RunState
+from trainer.training_loop import Metrics
+
+
+@dataclasses.dataclass
+class LocalHost:
+    """The surroundings of a loop inside this process; keeps in memory what a run writes to disk."""
+
+    channel: WeightChannel | None
+    data: PolicyData
+    job: RlJob
+    engine: Engine | None
+    learners: LearnerGroup
+    folder: Path
+    steps: dict[int, Metrics] = dataclasses.field(default_factory=dict)
+    saved: dict[int, RunState] = dataclasses.field(default_factory=dict)
+    withheld: set[int] = dataclasses.field(default_factory=set)
+
+    def push(self, version: int) -> Metrics:
+        if self.channel is not None and version not in self.withheld:
+            self.channel.push(version)
+        return {}
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        return None if self.engine is None else self.data.evaluator(self.job).run(self.engine)
+
+    def save(self, state: RunState) -> None:
+        self.saved[state.step] = state
+        self.learners.save(self.folder / f"state-{state.step}")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        assert step not in self.steps
+        self.steps[step] = reproducible(metrics)
+
+    def interrupted(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass
+class World:
+    """One job's parts; `build` makes a loop with fresh ones."""
+
+    job: RlJob
+    data: PolicyData
+    folder: Path
+    built: list[LearnerGroup] = dataclasses.field(default_factory=list)
+
+    def learners(self, hf_dir: Path, job: RlJob) -> LearnerGroup:
+        for group in self.built:
+            group.close()
+        self.built.clear()
+        constraint = TrieConstraint(self.data.catalogue.trie(), exclude=True)
+        reference = hf_dir if job.objective.beta else None
+        group = LearnerGroup.local(
+            job.learner, hf_dir, constraint, seed=job.seed, total_steps=4, reference_dir=reference
+        )
+        self.built.append(group)
+        return group
+
+    def build(self, name: str, *, state: RunState | None = None, load: Path | None = None, **changes: Any) -> RlLoop:
+        job = self.job.model_copy(update=changes)
+        torch.manual_seed(0)
+        hf_dir = prepare_initial_model(
+            "tiny", self.data.catalogue, seed=1, dtype=torch.float32, target=self.folder / name / "initial"
+        )
+        learners = self.learners(hf_dir, job)
+        if load is not None:
+            learners.load(load)
+        engine = None if job.train_only else build_engine(job.rollout, hf_dir, engine_id="reference-0")
+        channel = None
+        if engine is not None:
+            catalogue = self.data.catalogue
+            paths = [catalogue.tokens(item) for item in range(catalogue.n_items)]
+            channel = WeightChannel(
+                settings=job.weights,
+                source=learners.source,
+                engines={"reference-0": LocalPeer("reference-0", engine)},
+                probe=item_probe(paths, bos=catalogue.vocabulary.bos),
+                dtype="float32",
+            )
+        host = LocalHost(channel, self.data, job, engine, learners, self.folder / name)
+        dataset = self.data.dataset
+        feed = Feed(
+            dataset.samples("train"), self.data.builder, job.batch_prompts, job.seed, fingerprint=dataset.fingerprint
+        )
+        if state is not None:
+            assert feed.load_state_dict(state.cursor) is None
+        common: dict[str, Any] = {
+            "settings": job,
+            "job": job,
+            "host": host,
+            "state": state or RunState(),
+            "feed": feed,
+            "rewards": RewardScorer(job.reward, None),
+            "learners": learners,
+            "tracker": FailureTracker(job.reward),
+            "item_tokens": self.data.catalogue.tokens,
+            "max_tokens": self.data.catalogue.trie().depth,
+        }
+        if job.train_only is not None:
+            return ReplayLoop(**common, folder=job.train_only, catalogue_digest=self.data.catalogue.digest)
+        assert engine is not None
+        return RlLoop(**common, rollouts=engine)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    require("deepspeed")
+    folder = tmp_path_factory.mktemp("loop")
+    dataset = write_dataset(folder / "source")
+    content = recipe(dataset.path, "rl", rollout={"engine": "reference"}, objective={"nll_weight": 0.2})
+    job = RlJob.model_validate(content)
+    made = World(job=job, data=PolicyData.open(job), folder=folder)
+    yield made
+    for group in made.built:
+        group.close()
+
+
+def weights(loop: RlLoop, folder: Path) -> dict[str, bytes]:
+    """The learner's weights, as bytes."""
+    from safetensors.numpy import load_file
+
+    loop.learners.export_hf(folder)
+    return {name: value.tobytes() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def host_of(loop: RlLoop) -> LocalHost:
+    assert isinstance(loop.host, LocalHost)
+    return loop.host
+
+
+def test_a_run_steps_evaluates_and_keeps_checkpoints(world: World) -> None:
+    loop = world.build("plain")
+    assert loop.run() == "max_steps"
+    host = host_of(loop)
+    assert sorted(host.steps) == [0, 1, 2, 3]
+    assert [host.steps[step]["weight_version"] for step in (1, 2, 3)] == [0, 1, 2]
+    assert {step for step, metrics in host.steps.items() if "ndcg@10" in metrics} == {0, 3}
+    assert sorted(host.saved) == [0, 1, 2, 3]
+    assert loop.state.best_step in (0, 3)
+    for step in (1, 2, 3):
+        assert host.steps[step]["policy_gap/max"] < 1e-4
+        assert host.steps[step]["tokens/nll"] > 0
+        assert host.steps[step]["ratio/mean"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_restart_continues_to_the_bit(world: World) -> None:
+    whole = world.build("whole")
+    whole.run()
+    expected, expected_steps = weights(whole, world.folder / "whole-hf"), host_of(whole).steps
+    first = host_of(whole).saved[1]
+    again = world.build("again", state=first, load=world.folder / "whole" / "state-1")
+    again.run()
+    assert weights(again, world.folder / "again-hf") == expected
+    assert host_of(again).steps == {step: expected_steps[step] for step in (2, 3)}
+
+
+def test_a_dump_trains_the_step_it_was_made_for(world: World) -> None:
+    limits = world.job.limits.model_copy(update={"max_steps": 1})
+    direct = world.build("direct", limits=limits)
+    collected: list[tuple[Sequence[Prompt], ScoredGroups]] = []
+    collect = direct.collect
+
+    def recorded(step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
+        prompts, scored, metrics = collect(step)
+        collected.append((prompts, scored))
+        return prompts, scored, metrics
+
+    direct.collect = recorded  # type: ignore[method-assign]
+    direct.run()
+    expected = weights(direct, world.folder / "direct-hf")
+    write_step(world.folder / "dump", 1, *collected[0])
+    replay = world.build("replay", train_only=world.folder / "dump", limits=limits)
+    assert replay.run() == "max_steps"
+    assert weights(replay, world.folder / "replay-hf") == expected
+
+
+def test_a_dump_is_used_once(world: World) -> None:
+    replay = world.build("once", train_only=world.folder / "dump")
+    assert replay.run() == "dump_ended"
+    assert replay.state.step == 1
+
+
+def test_minibatches_let_ratios_move_and_a_reference_is_scored(world: World) -> None:
+    objective = world.job.objective.model_copy(update={"minibatches": 4, "updates": 2, "beta": 0.1})
+    loop = world.build("minibatches", objective=objective)
+    loop.run()
+    step = host_of(loop).steps[3]
+    assert step["ratio/gap_max"] > 0
+    assert step["kl"] > 0
+    assert loop.learners.step == 3 * 2 * 4
+
+
+def test_a_withheld_push_stops_the_run_within_a_step(world: World) -> None:
+    settings = world.job.learner.model_copy(update={"lr": 1e-2})
+    loop = world.build("withheld", learner=settings)
+    host_of(loop).withheld.add(1)
+    with pytest.raises(GapAlarm, match="policy gap of step 2"):
+        loop.run()
+    assert sorted(host_of(loop).steps) == [0, 1]
+    assert 1 in host_of(loop).saved
+
+
+class FailingRewards(RewardScorer):
+    """A fake: rewards that fail for every group from a step on."""
+
+    def __init__(self, inner: RewardScorer, first: int) -> None:
+        super().__init__(inner.settings, None)
+        self._first = first
+
+    def score(self, prompts: Sequence[Prompt], groups: Groups) -> tuple[ScoredGroups, dict[str, float]]:
+        scored, metrics = super().score(prompts, groups)
+        if groups.spec.step >= self._first:
+            failure_P = np.full(len(prompts), RewardFailure.TIMEOUT.value)
+            scored = dataclasses.replace(scored, failure_P=failure_P, reward_PG=np.zeros_like(scored.reward_PG))
+        return scored, metrics
+
+
+def test_failed_rewards_stop_the_run_after_a_checkpoint(world: World) -> None:
+    checkpoints = world.job.checkpoints.model_copy(update={"interval": 100, "every": 0})
+    loop = world.build("failing", checkpoints=checkpoints)
+    loop.rewards = FailingRewards(loop.rewards, first=2)
+    with pytest.raises(RunError, match="step 2: 8 of 8 groups have no reward"):
+        loop.run()
+    assert 1 in host_of(loop).saved
+
+
+def test_every_prompt_of_a_request_is_keyed_by_its_step(world: World) -> None:
+    loop = world.build("keyed")
+    specs: list[DecodeSpec] = []
+    generate = loop.rollouts.generate  # type: ignore[union-attr]
+
+    def recorded(prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
+        specs.append(spec)
+        return generate(prompts, spec)
+
+    loop.rollouts.generate = recorded  # type: ignore[union-attr, method-assign]
+    loop.run()
+    training = [spec for spec in specs if spec.step]
+    assert [spec.step for spec in training] == [1, 2, 3]
+    assert {spec.seed for spec in training} == {world.job.seed}
