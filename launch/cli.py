@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import inspect
 import io
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import RequestError, WindlassError
+from data.errors import RequestError, RunError, WindlassError
 
 EXIT_FAILED = 1
 EXIT_REQUEST = 2
@@ -90,6 +91,28 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output (head, less) has left; keep the interpreter's own flush from failing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        told = told_by_the_system(error)
+        if told is None:
+            raise
+        return _say(told, EXIT_REQUEST if isinstance(told, RequestError) else EXIT_FAILED)
+
+
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""The user may mend these by another path or other rights."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""These end a run whatever was asked for."""
+
+
+def told_by_the_system(error: OSError) -> WindlassError | None:
+    """What the file system refuses, in the words of the user's request; None for errors that may be our own fault."""
+    where = str(error.filename or "file")
+    reason = error.strerror or str(error)
+    if error.errno in UNUSABLE:
+        return RequestError(where[:200], reason, "a path that can be read and written")
+    if error.errno in DISK:
+        return RunError(f"{where}: {reason}; what was finished before stays")
+    return None
 
 
 def _say(error: WindlassError, code: int) -> int:

@@ -35,6 +35,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is no plain word", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
@@ -60,16 +62,15 @@ def recipe_path(name_or_path: str) -> Path:
     Raises:
         RequestError: there is none; near misses are named.
     """
-    named = RECIPES / f"{name_or_path}.yaml"
-    if "/" not in name_or_path and named.is_file():
-        return named
+    if name_or_path in recipe_names():
+        return RECIPES / f"{name_or_path}.yaml"
     path = Path(name_or_path)
     if path.is_file():
         return path
     near = near_misses(name_or_path, recipe_names())
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise RequestError(
-        "recipe", f"{name_or_path} is neither a recipe nor a file", f"{', '.join(recipe_names())}, or a path{hint}"
+        "recipe", f"{name_or_path!r} is neither a recipe nor a file", f"{', '.join(recipe_names())}, or a path{hint}"
     )
 
 
@@ -97,8 +98,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RequestError(str(path), f"byte {error.start} is not UTF-8", "a YAML file in UTF-8") from error
     except yaml.YAMLError as error:
         raise RequestError(str(path), one_line(str(error)), "a YAML mapping") from error
+    except RecursionError as error:
+        raise RequestError(str(path), "nested too deeply", "a YAML mapping of sections") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RequestError(str(path), f"holds {type(content).__name__}", "a YAML mapping of sections")
+    try:
+        json.dumps(content, default=str, skipkeys=True)
+    except ValueError as error:
+        raise RequestError(str(path), "a section that holds itself", "a YAML mapping of sections") from error
     return content
 
 
@@ -197,6 +204,9 @@ def request_error(error: ValidationError, model: type[BaseModel]) -> RequestErro
     where = ".".join(path) or model.__name__
     more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
     field = field_at(model, path)
+    if field is None and path[-1:] and path[-1].isdecimal() and problem["type"] != "extra_forbidden":
+        # A member of a list: the list says what its members are.
+        field = field_at(model, path[:-1])
     legal = kind(field) if field is not None else _without_prefix(str(problem["msg"]))
     found: str = "missing" if problem["type"] == "missing" else _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
@@ -264,7 +274,12 @@ def check_paths(job: Job) -> None:
         legal = ", ".join(there) if there else "none is there yet; write one with `windlass data ids`"
         raise RequestError("data.codes", job.data.codes, legal)
     if job.init not in PRESETS:
-        model_folder(Path(job.init))
+        try:
+            model_folder(Path(job.init))
+        except RequestError as error:
+            if error.where != "model":
+                raise
+            raise RequestError("init", job.init, f"{', '.join(PRESETS)}, or {error.legal}") from error
 
 
 def to_mapping(settings: Settings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,15 +24,21 @@ def published_rows(path: Path, dataset: str) -> dict[str, dict[str, float]]:
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise RequestError(str(path), f"no column {', '.join(missing)}", f"columns {', '.join(COLUMNS)}")
-            rows = [row for row in reader if row["dataset"].replace("-", "_") == dataset.replace("-", "_")]
+            rows = [row for row in reader if (row["dataset"] or "").replace("-", "_") == dataset.replace("-", "_")]
     except OSError as error:
         raise RequestError("--published", f"{path}: {error.strerror}", "a CSV file of published results") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RequestError("--published", f"{path}: {error}", "a CSV file in UTF-8") from error
     found: dict[str, dict[str, float]] = {}
     for row in rows:
+        where = f"{path}: {row['method']} {row['metric']}"
         try:
-            found.setdefault(row["method"], {})[row["metric"].lower()] = float(row["value"])
+            value = float(row["value"] or "")
         except ValueError as error:
-            raise RequestError(f"{path}: {row['method']} {row['metric']}", row["value"], "a number") from error
+            raise RequestError(where, repr(row["value"]), "a number") from error
+        if not math.isfinite(value):
+            raise RequestError(where, row["value"], "a finite number; leave the row out where there is none")
+        found.setdefault(row["method"], {})[row["metric"].lower()] = value
     if not found:
         raise RequestError(str(path), f"nothing about the dataset {dataset}", "a file with rows of this dataset")
     return found

@@ -74,7 +74,10 @@ def _subtitle(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
     words = [f"{len(steps)} steps"] if steps else []
     environment = run / "environment.json"
     if environment.is_file():
-        entries = json.loads(environment.read_text(encoding="utf-8"))
+        try:
+            entries = json.loads(environment.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RequestError(str(environment), f"is not JSON ({error})", "the file as the run wrote it") from error
         entry = entries[-1] if isinstance(entries, list) and entries else entries or {}
         commit = entry.get("commit")
         words += [f"commit {str(commit)[:10]}{' with changes' if entry.get('dirty') else ''}"] if commit else []

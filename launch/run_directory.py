@@ -122,7 +122,14 @@ class RunDirectory:
     def environment(self) -> list[dict[str, Any]]:
         """The entries of environment.json, one per start."""
         file = self.path / "environment.json"
-        entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if not file.is_file():
+            return []
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RequestError(str(file), f"is not JSON ({error})", "the file as it was written, or none") from error
+        if not isinstance(entries, list):
+            raise RequestError(str(file), f"holds {type(entries).__name__}", "a JSON list, one entry per start")
         return entries
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

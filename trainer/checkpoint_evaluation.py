@@ -13,7 +13,7 @@ from data.errors import RequestError
 from reward.bootstrap import bootstrap_mean
 from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
-from trainer.checkpoints import model_folder
+from trainer.checkpoints import open_model
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.initial_model import CATALOGUE
 from trainer.prompt_card import PromptCard
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
     Raises:
         RequestError: no model there, or one of another catalogue.
     """
-    hf_dir = model_folder(path).resolve()
+    hf_dir = open_model(path)
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
     check_same_items(hf_dir, catalogue, dataset)
     card = PromptCard.read(hf_dir)

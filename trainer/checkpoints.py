@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
 from data.errors import RequestError, RunError
 from data.faults import fault_point
@@ -81,12 +82,12 @@ class CheckpointStore:
         When the body raises, nothing becomes visible. `expected_bytes` defaults to the size of the newest checkpoint.
 
         Raises:
-            RunError: too little space on the disk; the earlier checkpoints are untouched.
+            RunError: too little space on the disk, or the disk refuses; the earlier checkpoints are untouched.
         """
         self._check_space(step, expected_bytes)
         partial = self.root / f".{folder_name(step)}.partial"
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
             sync_tree(partial)
             fault_point("checkpoint_write")
@@ -97,6 +98,11 @@ class CheckpointStore:
             sync_file(partial / MANIFEST)
             sync_file(partial)
             fault_point("checkpoint_write")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"{self.root}: the checkpoint of step {step} could not be written ({error}); {self._kept()}"
+            ) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -144,11 +150,14 @@ class CheckpointStore:
         needed = int((expected_bytes or 0) * MARGIN)
         free = shutil.disk_usage(self.root).free
         if free < needed:
-            kept = f"{newest} stays" if newest else "there is no checkpoint yet"
             raise RunError(
                 f"{self.root}: the checkpoint of step {step} needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB "
-                f"are free; {kept}"
+                f"are free; {self._kept()}"
             )
+
+    def _kept(self) -> str:
+        newest = self.latest()
+        return f"{newest} stays" if newest else "there is no checkpoint yet"
 
 
 def checkpoint_steps(root: Path) -> list[int]:
@@ -236,8 +245,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise RequestError(str(path), f"is damaged ({error!r})", "a checkpoint as windlass wrote it") from error
 
 
-def open_checkpoint(folder: Path, expected: Facts | None = None) -> Manifest:
-    """Verify a checkpoint: manifest, every file's size and digest, and what it belongs to.
+def open_checkpoint(folder: Path, expected: Facts | None = None, *, below: str = "") -> Manifest:
+    """Verify a checkpoint: manifest, every file's size and digest (or of those `below` a path), what it belongs to.
 
     Raises:
         RequestError: the first thing that is wrong.
@@ -247,6 +256,8 @@ def open_checkpoint(folder: Path, expected: Facts | None = None) -> Manifest:
         path = folder / name
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise RequestError(str(folder / MANIFEST), f"names {name}", "paths inside the checkpoint")
+        if not name.startswith(below):
+            continue
         if not path.is_file():
             raise RequestError(str(path), "is missing", "the files of the manifest; take another checkpoint")
         if path.stat().st_size != told["bytes"]:
@@ -272,6 +283,21 @@ def _check_facts(folder: Path, found: Facts, expected: Facts) -> None:
         )
 
 
+def open_model(path: Path) -> Path:
+    """The hf folder that a path means (`model_folder`), verified where it is part of a checkpoint.
+
+    Raises:
+        RequestError: no model there, or a checkpoint without its manifest or with files that are not those written.
+    """
+    folder = model_folder(path).resolve()
+    owner = folder.parent
+    # An hf folder that somebody copied elsewhere has no manifest to be held against.
+    part_of_checkpoint = (owner / MANIFEST).exists() or owner.name.startswith("step-") or path.resolve() == owner
+    if folder.name == "hf" and part_of_checkpoint:
+        open_checkpoint(owner, below="hf/")
+    return folder
+
+
 def model_folder(path: Path) -> Path:
     """The hf folder that a path means: an hf folder, a checkpoint, or a run (its best checkpoint, else the newest).
 
@@ -286,4 +312,4 @@ def model_folder(path: Path) -> Path:
     found = best_checkpoint(root) or latest_checkpoint(root)
     if found is not None and (found / "hf" / "config.json").is_file():
         return found / "hf"
-    raise RequestError("init", path, "tiny, small, or an hf folder, a checkpoint folder or a run folder that is there")
+    raise RequestError("model", path, "an hf folder, a checkpoint folder or a run folder that is there")

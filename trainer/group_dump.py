@@ -44,7 +44,12 @@ def dumped_steps(folder: Path) -> list[int]:
     Raises:
         RequestError: there is none.
     """
-    steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.parquet"))
+    names = [path.stem.removeprefix("step-") for path in folder.glob("step-*.parquet")]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    absent = [step for step in range(1, steps[-1]) if step not in steps] if steps else []
+    if absent:
+        # A dump is a sequence of steps: training on what is left of one would pass for training on all of it.
+        raise RequestError("train_only", f"{folder} holds no {step_path(folder, absent[0]).name}", "a whole dump")
     if not steps:
         raise RequestError("train_only", f"{folder} holds no step-*.parquet", "a folder that --rollout-only wrote")
     return steps
@@ -91,13 +96,21 @@ def read_step(folder: Path, step: int, catalogue_digest: str) -> tuple[list[Prom
     path = step_path(folder, step)
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise RequestError("train_only", f"{path}: {error}", "a file that --rollout-only wrote") from error
+    try:
+        return _parse(path, table, catalogue_digest)
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise RequestError(str(path), f"is damaged ({error!r})", "a file that --rollout-only wrote") from error
+
+
+def _parse(path: Path, table: pa.Table, catalogue_digest: str) -> tuple[list[Prompt], ScoredGroups]:
     head = _head(path, table)
     if head["catalogue_digest"] != catalogue_digest:
         raise RequestError(
             str(path), f"catalogue {head['catalogue_digest'][:12]}", f"{catalogue_digest[:12]}, that of the model"
         )
+    _check_types(path, table)
     prompts = [_prompt(row) for row in table.select(_prompt_columns()).to_pylist()]
     size, members, tokens = head["shape"]
     shapes = {2: (size, members), 3: (size, members, tokens)}
@@ -127,10 +140,23 @@ def read_step(folder: Path, step: int, catalogue_digest: str) -> tuple[list[Prom
 
 def _head(path: Path, table: pa.Table) -> dict[str, Any]:
     raw = (table.schema.metadata or {}).get(_METADATA)
-    head: dict[str, Any] = json.loads(raw) if raw is not None else {}
+    head: Any = json.loads(raw) if raw is not None else {}
+    if not isinstance(head, dict):
+        raise RequestError(str(path), "no description of the groups", "a file that --rollout-only wrote")
     if head.get("format") != FORMAT:
         raise RequestError(str(path), f"format {head.get('format', 'unknown')}", f"format {FORMAT} of a dump of groups")
     return head
+
+
+def _check_types(path: Path, table: pa.Table) -> None:
+    wanted: dict[str, pa.DataType] = dict(_PROMPT_SCALARS)
+    wanted |= {f"prompt_{name}": pa.list_(pa.int32()) for name in _PROMPT_LISTS}
+    wanted |= {name: pa.list_(kind) for name, kind in _GROUP_ARRAYS.items()}
+    wanted |= {"reward_PG": pa.list_(pa.float32()), "failure_P": pa.string()}
+    for name, kind in wanted.items():
+        found = table.schema.field(name).type if name in table.column_names else "no such column"
+        if found != kind:
+            raise RequestError(f"{path}: column {name}", str(found), str(kind))
 
 
 def _prompt_columns() -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.records import FloatArray
-from trainer.checkpoints import model_folder
+from trainer.checkpoints import open_model
 from trainer.jobs import PRESETS
 
 CATALOGUE: Final = "catalogue"
@@ -81,7 +81,7 @@ def prepare_initial_model(
     if init in PRESETS:
         write_preset(init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks)
         return target
-    folder = model_folder(Path(init)).resolve()
+    folder = open_model(Path(init))
     check_fits(folder, catalogue)
     return folder
 

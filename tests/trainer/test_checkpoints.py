@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from data.errors import RequestError, RunError
 from trainer.checkpoints import (
@@ -27,6 +28,7 @@ from trainer.checkpoints import (
     checkpoint_steps,
     model_folder,
     open_checkpoint,
+    open_model,
     read_manifest,
 )
 from trainer.run_settings import CheckpointSettings
@@ -181,7 +183,7 @@ def test_model_folder_understands_runs_checkpoints_and_hf(store: CheckpointStore
     best = store.path(1) / "hf"
     for path in (best, store.path(1), store.root, store.root.parent):
         assert model_folder(path) == best
-    with pytest.raises(RequestError, match="init"):
+    with pytest.raises(RequestError, match="an hf folder"):
         model_folder(store.root.parent / "nothing")
 
 
@@ -193,3 +195,36 @@ def test_leftovers_are_cleaned_and_foreign_names_left_alone(store: CheckpointSto
     again = CheckpointStore(store.root, CheckpointSettings(interval=1))
     assert sorted(p.name for p in again.root.iterdir()) == ["step-000001", "step-backup"]
     assert read_manifest(store.path(1)).step == 1
+
+
+def test_a_model_of_a_damaged_checkpoint_is_refused_and_a_copied_one_is_not(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    write(store, 1)
+    checkpoint = store.path(1)
+    for path in (checkpoint, checkpoint / "hf", store.root.parent):
+        assert open_model(path) == checkpoint / "hf"
+    weights = checkpoint / "hf" / "model.safetensors"
+    weights.write_text("WEIGHTS")
+    for path in (checkpoint, checkpoint / "hf", store.root.parent):
+        with pytest.raises(RequestError, match="wrong digest"):
+            open_model(path)
+    weights.write_text("weights")
+    (checkpoint / MANIFEST).unlink()
+    for path in (checkpoint, checkpoint / "hf"):
+        with pytest.raises(RequestError, match=f"no {MANIFEST}"):
+            open_model(path)
+    shutil.copytree(checkpoint / "hf", tmp_path / "copy" / "hf")
+    assert open_model(tmp_path / "copy" / "hf") == tmp_path / "copy" / "hf"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(store: CheckpointStore, error: Exception) -> None:
+    write(store, 1)
+    with (
+        pytest.raises(RunError, match=r"checkpoint of step 2 could not be written .*step-000001 stays"),
+        store.writing(2, FACTS),
+    ):
+        raise error
+    assert checkpoint_steps(store.root) == [1]
+    assert [path.name for path in store.root.iterdir()] == ["step-000001"]

@@ -55,9 +55,9 @@ def example() -> tuple[list[Prompt], ScoredGroups]:
 
 def test_round_trip(tmp_path: Path) -> None:
     prompts, scored = example()
-    write_step(tmp_path, 2, prompts, scored)
-    assert dumped_steps(tmp_path) == [2]
-    again_prompts, again = read_step(tmp_path, 2, "digest")
+    write_step(tmp_path, 1, prompts, scored)
+    assert dumped_steps(tmp_path) == [1]
+    again_prompts, again = read_step(tmp_path, 1, "digest")
     for before, after in zip(prompts, again_prompts, strict=True):
         for field in dataclasses.fields(Prompt):
             np.testing.assert_array_equal(getattr(before, field.name), getattr(after, field.name))
@@ -87,4 +87,36 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_step(tmp_path, 0, "digest")
     step_path(tmp_path, 1).write_bytes(b"PAR1 nothing")
     with pytest.raises(RequestError, match="train_only"):
+        read_step(tmp_path, 1, "digest")
+
+
+def test_a_dump_with_a_hole_is_refused(tmp_path: Path) -> None:
+    for step in (1, 3):
+        write_step(tmp_path, step, *example())
+    (tmp_path / "step-old.parquet").touch()
+    with pytest.raises(RequestError, match=r"holds no step-000002\.parquet"):
+        dumped_steps(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["token_PGT", "prompt_history", "reward_PG", "target"])
+def test_a_dump_without_a_column_or_with_another_type_is_refused(tmp_path: Path, column: str) -> None:
+    write_step(tmp_path, 1, *example())
+    path = step_path(tmp_path, 1)
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.drop_columns([column]), path)
+    with pytest.raises(RequestError, match=f"column {column}: no such column"):
+        read_step(tmp_path, 1, "digest")
+    pq.write_table(table.set_column(place, column, pa.array(["x"] * 3)), path)
+    with pytest.raises(RequestError, match=f"column {column}: string; legal"):
+        read_step(tmp_path, 1, "digest")
+
+
+def test_a_dump_whose_description_lies_is_refused(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, *example())
+    path = step_path(tmp_path, 1)
+    table = pq.read_table(path)
+    head = table.schema.metadata[b"windlass.groups"].replace(b"[3, 4, 2]", b"[3, 5, 2]")
+    pq.write_table(table.replace_schema_metadata({b"windlass.groups": head}), path)
+    with pytest.raises(RequestError, match="is damaged"):
         read_step(tmp_path, 1, "digest")
