@@ -64,7 +64,7 @@ def render(run: Path) -> str:
         facts=facts(summary),
         stages=stage_tables(stages),
         comparisons=comparison_rows(summary.get("comparisons") or {}),
-        plots=plots(steps, stages),
+        plots=plots(steps, stages) + part_plots(run),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
@@ -176,6 +176,14 @@ def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[s
                     }
                 )
     return rows
+
+
+def part_plots(run: Path) -> list[dict[str, str]]:
+    """The plots of runs that lie inside this one, as those of the demo's stages do, with their names in the titles."""
+    found = []
+    for path in sorted(run.glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        found += [{**plot, "title": f"{path.parent.name}: {plot['title']}"} for plot in plots(read_metrics(path), {})]
+    return found
 
 
 def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
