@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from data.errors import RunError
 from data.trie import ItemTrie
 from rollout.probe import Probe, probe_gap
+from rollout.receiving import PushMessage
 from tests.requirements import require
 from tests.trainer.learner_world import make_completions, make_constraint, make_inputs, save_model
 from tests.trainer.rank_process import sft_rows
+from trainer.learner import Learner
 from trainer.learner_group import LearnerGroup
 from trainer.settings import LearnerSettings
 
@@ -87,6 +93,46 @@ def test_source_of_the_weight_channel(groups: tuple[LearnerGroup, LearnerGroup])
     described = [group.source.submit("describe_weights").result(timeout=60) for group in groups]
     assert described[0] == described[1]
     assert described[0][1] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+class FailingOutbox:
+    """Takes one tensor and fails."""
+
+    def send(self, message: object, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        self.first = next(tensors)[0]
+        raise ValueError("half way")
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_travel_in_order_and_a_failed_push_gathers_to_the_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    require("deepspeed")
+    settings = LearnerSettings.model_validate({"dtype": "float32", "device": "cpu", "threads": 1, "zero_stage": stage})
+    learner = Learner(settings, model, make_constraint())
+    names = [spec.name for spec in learner.describe_weights()[0]]
+    exact = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    found = dict(learner._travelling())
+    assert list(found) == names
+    assert all(torch.equal(found[name], exact[name]) for name in names)
+    gathered: list[str] = []
+    whole = learner._whole
+
+    def counted(parameter: torch.nn.Parameter) -> Tensor:
+        gathered.append("one")
+        return whole(parameter)
+
+    monkeypatch.setattr(learner, "_whole", counted)
+    outbox = FailingOutbox()
+    monkeypatch.setattr(learner, "_outbox", outbox)
+    with pytest.raises(ValueError, match="half way"):
+        learner.send_push(cast(PushMessage, None))
+    assert outbox.first == names[0]
+    assert len(gathered) == len(names)
+    learner.close()
 
 
 def test_failure_of_a_rank_comes_up(groups: tuple[LearnerGroup, LearnerGroup]) -> None:
