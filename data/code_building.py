@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from data.code_vectors import codebooks_path, save_codebooks
+from data.code_vectors import code_centres, codebooks_path, save_codebooks
 from data.codes import Codes, OnCollision, codes_path
 from data.dataset import Dataset
 from data.embeddings import cooccurrence_vectors, join_vectors, model_digest, packaged_model, title_vectors
@@ -46,6 +46,9 @@ class IdSettings(Settings):
     """A sentence-transformers folder; by default the packaged all-MiniLM-L6-v2. Nothing is downloaded."""
     column: str = "sid"
     """Column of items.parquet with codes (lists, or texts such as <a_12><b_3>); read with source column only."""
+    centres: Source | None = None
+    """With source column: vectors (title, cooccurrence or both) whose means per code are kept beside the codes, so that
+    the embeddings of a new model can start there; by default none."""
     dims: int = Field(64, ge=1, le=4096)
     """Dimensions of the co-occurrence vectors."""
     window: int | None = Field(None, ge=1)
@@ -69,6 +72,8 @@ class IdSettings(Settings):
             raise ValueError(f"level_sizes {list(self.level_sizes)}: every level needs at least 1 code")
         if 0 < self.balance < 1:
             raise ValueError(f"balance {self.balance}: 0 (off), or at least 1, otherwise items are left over")
+        if self.centres is Source.COLUMN or (self.centres is not None and self.source is not Source.COLUMN):
+            raise ValueError(f"centres {self.centres}: title, cooccurrence or both, and only with source column")
         return self
 
 
@@ -94,6 +99,9 @@ def build_codes(dataset: Dataset, name: str, settings: IdSettings) -> tuple[Code
     if settings.source is Source.COLUMN:
         codes = given_codes(_column(dataset.items(), settings.column), f"column {settings.column}", asked)
         codes.check(str(path))
+        if settings.centres is not None:
+            vectors, _ = item_vectors(dataset, settings.model_copy(update={"source": settings.centres}))
+            save_codebooks(codebooks_path(dataset.path, name), codes, code_centres(codes, vectors))
     else:
         check_level_sizes(settings.level_sizes, dataset.n_items, settings.on_collision)
         vectors, facts = item_vectors(dataset, settings)

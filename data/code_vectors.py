@@ -3,7 +3,7 @@
 A model whose code embeddings start at these centres begins with what the vectors know about items, instead of with
 noise. Codes that were given, and not made by a quantiser, have none.
 
-Suffixes: `_CD` code of a level, dimension of the item vectors.
+Suffixes: `_CD` code of a level, dimension of the item vectors; `_ID` item; `_E` step of a path; `_N` item at a level.
 """
 
 from __future__ import annotations
@@ -24,6 +24,29 @@ from data.records import FloatArray
 
 FORMAT: Final = "1"
 _NAME: Final = "codebook_{level}"
+
+
+def code_centres(codes: Codes, vectors_ID: FloatArray) -> tuple[FloatArray, ...]:
+    """Centres of given codes, level by level: the mean over the items with a code of what the levels before leave of
+    their vectors; zero for a code without items.
+
+    Args:
+        codes: paths of the items.
+        vectors_ID: float32 [n_items, dims].
+    """
+    item_E = np.repeat(np.arange(codes.n_items), np.diff(codes.start))
+    level_E = np.arange(len(codes.values)) - np.repeat(codes.start[:-1], np.diff(codes.start))
+    left_ID = vectors_ID.astype(np.float64)
+    centres = []
+    for level, size in enumerate(codes.level_sizes):
+        here = level_E == level
+        item_N, code_N = item_E[here], codes.values[here]
+        sum_CD = np.zeros((size, left_ID.shape[1]))
+        np.add.at(sum_CD, code_N, left_ID[item_N])
+        centre_CD = sum_CD / np.maximum(np.bincount(code_N, minlength=size), 1)[:, None]
+        left_ID[item_N] -= centre_CD[code_N]
+        centres.append(centre_CD.astype(np.float32))
+    return tuple(centres)
 
 
 def codebooks_path(dataset_path: Path, name: str) -> Path:

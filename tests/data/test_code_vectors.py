@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.code_vectors import codebooks_path, load_codebooks, save_codebooks
+from data.code_vectors import code_centres, codebooks_path, load_codebooks, save_codebooks
 from data.codes import Codes
 from data.errors import RequestError
 
@@ -54,3 +54,11 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(RequestError, match="cannot be read"):
         load_codebooks(path, codes)
+
+
+def test_centres_of_given_codes_are_means_of_what_is_left() -> None:
+    codes = Codes.from_lists([[0, 1], [0, 0], [2]], [3, 2])
+    vectors = np.array([[2.0, 0.0], [4.0, 2.0], [0.0, 5.0]], dtype=np.float32)
+    first, second = code_centres(codes, vectors)
+    np.testing.assert_allclose(first, [[3, 1], [0, 0], [0, 5]])
+    np.testing.assert_allclose(second, [[1, 1], [-1, -1]])
