@@ -36,16 +36,16 @@ def learner_benchmark(
     vocabulary: int = 1031,
     dtype: torch.dtype = torch.bfloat16,
     repetitions: int = 5,
-    threads: int | None = None,
+    threads: int = 1,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Seconds of trees and of rows, their ratio, the arithmetic limit of the ratio, and the gap between the two.
 
     The limit is the ratio of the tokens that are computed: `G (P + T - 1) / (P + G (T - 1))`. `gap_mean` and
-    `gap_max` are of the log-probabilities per token; in bfloat16 they are of the size of its rounding.
+    `gap_max` are of the log-probabilities per token; in bfloat16 they are of the size of its rounding. One thread is
+    the default because the barriers of several threads on a busy machine measure the neighbours.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocabulary,
