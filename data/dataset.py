@@ -101,8 +101,8 @@ class Dataset:
             raise RequestError(str(path), f"counts {counts!r}", "a table of counts")
         self.name = str(card["name"])
         self.fingerprint = str(card["fingerprint"])
-        self.n_items = int(counts["items"])
-        self.n_users = int(counts["users"])
+        self.n_items = _count(path, counts, "items")
+        self.n_users = _count(path, counts, "users")
         self.split = _parse_split(path, card["split"])
 
     @classmethod
@@ -297,10 +297,20 @@ def _longs(table: pa.Table, name: str) -> LongArray:
     return np.ascontiguousarray(column.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
+def _count(path: Path, counts: dict[str, object], name: str) -> int:
+    value = counts.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise RequestError(f"{path}: counts.{name}", repr(value), "a number of rows; import the data again")
+    return value
+
+
 def _parse_split(path: Path, description: object) -> Split:
     fields = dict(description) if isinstance(description, dict) else {}
     kind = fields.get("kind")
     if kind == "chronological":
+        bounds = [fields.get("valid_from"), fields.get("test_from")]
+        if not all(isinstance(bound, int) for bound in bounds):
+            raise RequestError(str(path), f"boundaries {bounds}", "valid_from and test_from in seconds; import again")
         return Chronological(valid_from=int(fields["valid_from"]), test_from=int(fields["test_from"]))
     if kind == "leave_one_out":
         return LeaveOneOut()

@@ -183,6 +183,8 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
         # The body writes its own answer.
         arguments = arguments if target is None else [*arguments, "--json", target]
         target = None
+    if target not in (None, "-"):
+        check_writable(str(target))
     # With `--json -` standard output is the answer and nothing else; what the body says goes to standard error.
     words = contextlib.redirect_stdout(sys.stderr) if target == "-" else contextlib.nullcontext()
     with words:
@@ -245,11 +247,11 @@ def parse_and_call(name: str, command: Command, function: Callable[..., Any], ar
     except SystemExit as stop:
         if stop.code in (0, None):
             return 0
-        raise RequestError(f"windlass {name}", unboxed(said.getvalue()), f"see `windlass {name} --help`") from stop
+        raise RequestError(name, unboxed(said.getvalue()), f"see `windlass {name} --help`") from stop
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or name
-        raise RequestError(f"windlass {name}: {where}", repr(problem["input"]), str(problem["msg"])) from error
+        raise RequestError(f"{name}: {where}", repr(problem["input"]), str(problem["msg"])) from error
     return bound[0]()
 
 
@@ -258,7 +260,13 @@ def unboxed(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in plain.splitlines()]
     kept = [line for line in lines if line and not re.match(r"^[╭╰├─+-]", line)]
-    return " ".join(" ".join(kept).partition("For full helptext")[0].split()) or "the arguments are not understood"
+    text = " ".join(" ".join(kept).partition("For full helptext")[0].split())
+    # A wrong value of a nested section comes as pydantic's own report.
+    nested = re.search(r"arguments\.(\S+): .*? for \w+ (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type=", text)
+    if nested is not None:
+        section, field, wanted, value = nested.groups()
+        return f"--{section}.{field} {value}: {wanted}".replace("_", "-")
+    return text or "the arguments are not understood"
 
 
 def _finish(answer: Any, json_target: str | None) -> int:
@@ -271,6 +279,18 @@ def _finish(answer: Any, json_target: str | None) -> int:
     if json_target is not None:
         write_answer(answer, json_target)
     return int(answer.get("exit_code", 0))
+
+
+def check_writable(target: str) -> None:
+    """Refuse a file that could not be written, before the work whose answer it is to hold."""
+    existed = os.path.exists(target)
+    try:
+        with open(target, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise RequestError("--json", target, f"a writable file ({error.strerror})") from error
+    if not existed:
+        os.unlink(target)
 
 
 def write_answer(answer: Mapping[str, Any], target: str) -> None:

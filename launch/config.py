@@ -17,11 +17,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from data.dataset import Dataset
 from data.errors import RequestError
 from data.settings import Settings
 from launch.setting_names import Key, field_at, is_section, keys, kind, near_misses
+from reward.artefact import DESCRIPTION, RankerArtefact
+from reward.service import check_service
 from trainer.checkpoints import model_folder
-from trainer.jobs import JOBS, PRESETS, Job, JobSettings, PolicyJobSettings
+from trainer.group_dump import dumped_steps
+from trainer.jobs import JOBS, PRESETS, Job, JobSettings, PolicyJobSettings, RlJob
+from trainer.trackers import check_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
 OVERRIDE = re.compile(r"--([A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*)(?:=(.*))?", re.DOTALL)
@@ -266,11 +271,12 @@ def check_paths(job: Job) -> None:
     dataset = job.data.dataset
     if not (dataset / "dataset.json").is_file():
         raise RequestError("data.dataset", dataset, "a folder written by `windlass data import` (with dataset.json)")
+    check_trackers(job.tracking)
     if not isinstance(job, PolicyJobSettings):
         return
     codes = dataset / "codes" / f"{job.data.codes}.parquet"
     if not codes.is_file():
-        there = sorted(path.stem for path in codes.parent.glob("*.parquet"))
+        there = sorted(path.stem for path in codes.parent.glob("*.parquet") if path.is_file())
         legal = ", ".join(there) if there else "none is there yet; write one with `windlass data ids`"
         raise RequestError("data.codes", job.data.codes, legal)
     if job.init not in PRESETS:
@@ -280,6 +286,41 @@ def check_paths(job: Job) -> None:
             if error.where != "model":
                 raise
             raise RequestError("init", job.init, f"{', '.join(PRESETS)}, or {error.legal}") from error
+    if isinstance(job, RlJob):
+        check_rl_paths(job)
+
+
+def check_rl_paths(job: RlJob) -> None:
+    """Refuse what an `rl` job would only meet after its engines are up.
+
+    Raises:
+        RequestError: a ranker, a dump or a folder that is not there or not usable.
+    """
+    check_service(job.reward)
+    check_ranker_data(job)
+    if job.train_only is not None:
+        dumped_steps(job.train_only)
+    target = job.rollout_only
+    if target is not None and target.exists() and not target.is_dir():
+        raise RequestError("rollout_only", target, "a folder, made when it is missing")
+
+
+def check_ranker_data(job: RlJob) -> None:
+    """Refuse a ranker that was trained on other items: the same numbers would mean other things.
+
+    Raises:
+        RequestError: the artefact tells another dataset than the job's.
+    """
+    if job.reward.ranker is None or not (Path(job.reward.ranker) / DESCRIPTION).is_file():
+        return
+    told = RankerArtefact.open(Path(job.reward.ranker)).provenance.get("dataset")
+    own = Dataset.open(job.data.dataset).fingerprint
+    if told is not None and told != own:
+        raise RequestError(
+            "reward.ranker",
+            f"{job.reward.ranker} was trained on the dataset {told}",
+            f"a ranker of {job.data.dataset}, {own}",
+        )
 
 
 def to_mapping(settings: Settings) -> dict[str, Any]:

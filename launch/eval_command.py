@@ -27,9 +27,9 @@ class EvalCommand(Settings):
     """A run folder (its best checkpoint), a checkpoint, or an hf folder."""
     data: Path
     """Folder that `windlass data import` wrote."""
-    split: str = Field("test", pattern="|".join(SPLIT_NAMES))
+    split: str = Field("test", pattern=f"^({'|'.join(SPLIT_NAMES)})$")
     """train, valid or test."""
-    k: tuple[int, ...] = Field((1, 3, 5, 10, 20, 50), min_length=1)
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 3, 5, 10, 20, 50), min_length=1)
     """Cut-offs; the largest is the number of beams."""
     rows: int = Field(0, ge=0)
     """Rows of a seeded sample; 0 takes the whole split."""
@@ -51,7 +51,9 @@ class EvalCommand(Settings):
     """The Ray cluster."""
 
 
-def eval_command(arguments: Annotated[EvalCommand, tyro.conf.arg(name="")]) -> dict[str, Any]:
+def eval_command(
+    arguments: Annotated[EvalCommand, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
+) -> dict[str, Any]:
     """Evaluate a checkpoint by constrained beams through the fleet."""
     dataset = Dataset.open(arguments.data)
     published = None if arguments.published is None else published_rows(arguments.published, dataset.name)
@@ -95,6 +97,9 @@ def show(result: dict[str, Any], ks: tuple[int, ...]) -> None:
     print(table(columns, rows))
     unconstrained = result["invalid"]["unconstrained"]
     told = "not measured" if unconstrained is None else f"{unconstrained:.4f}"
+    mended = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in result["prompts"].items() if count)
+    if mended:
+        print(f"prompts: {mended}")
     print(
         f"{result['n']} rows of {result['split']}, seen items {'excluded' if result['exclude_seen'] else 'kept'}; "
         f"invalid: constrained {result['invalid']['constrained']:.4f}, unconstrained {told}"

@@ -22,6 +22,17 @@ from reward.settings import RewardSettings, Transport, is_loopback
 NAME = "windlass-reward"
 
 
+def check_service(settings: RewardSettings) -> None:
+    """Refuse a service that could not be started, before anything else is: no Ray is needed.
+
+    Raises:
+        RequestError: no such ranker, an address without the token.
+    """
+    if settings.url is None and settings.ranker is not None:
+        require_token(settings.host, settings)
+        check_ranker(settings.ranker, settings.ranker_options)
+
+
 def bearer_token(settings: RewardSettings) -> str | None:
     """The token from the environment variable `token_env`, None when it is unset or empty."""
     return os.environ.get(settings.token_env, "").strip() or None

@@ -15,7 +15,7 @@ from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
 from trainer.checkpoints import open_model
 from trainer.evaluation import Evaluation, Evaluator
-from trainer.initial_model import CATALOGUE
+from trainer.initial_model import CATALOGUE, check_model
 from trainer.prompt_card import PromptCard
 
 
@@ -68,7 +68,10 @@ def evaluate_checkpoint(
     """
     hf_dir = open_model(path)
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
+    check_model(hf_dir, catalogue.vocabulary.size)
     check_same_items(hf_dir, catalogue, dataset)
+    if max(which.ks) > catalogue.n_items:
+        raise RequestError("k", list(which.ks), f"at most {catalogue.n_items}, the items of the catalogue")
     card = PromptCard.read(hf_dir)
     changes = {"history": history, "exclude_seen": exclude_seen}
     card = card.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -124,6 +127,7 @@ def answer(
         "dataset": dataset.name,
         "dataset_fingerprint": dataset.fingerprint,
         "history": evaluated.card.history,
+        "prompts": evaluation.counts,
         "seed": which.seed,
         "checkpoint": str(evaluated.hf_dir),
         "engine": evaluated.engine,

@@ -9,6 +9,7 @@ Suffixes: `_N` row, `_K` rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,12 +50,15 @@ class Evaluation:
     """Share of unconstrained outputs (slots up to the smaller of 10 and the width) that are no item; none when it was
     not measured."""
     unconstrained_rows: int
+    counts: dict[str, int]
+    """What prompts were not taken as they are, by `data.prompts.PromptCount`: shortened, unknown items, ..."""
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Every value by name."""
         values = {prefix + name: value for name, value in self.items.values.items()}
         if self.unconstrained_invalid is not None:
             values[f"{prefix}invalid_unconstrained"] = self.unconstrained_invalid
+        values |= {f"{prefix}evaluation/{reason}": float(count) for reason, count in self.counts.items()}
         return values
 
 
@@ -104,8 +108,11 @@ class Evaluator:
         width = max(self._ks)
         items: list[IntArray] = []
         paths: list[IntArray] = []
+        counts: Counter[str] = Counter()
         for rows in self._requests(self._rows):
-            prompts = self._builder.build(self._samples, rows).prompts
+            batch = self._builder.build(self._samples, rows)
+            prompts = batch.prompts
+            counts.update(batch.counts)
             groups = generator.generate(prompts, self._spec(width, constrained=True))
             ranked_PG = np.where(groups.valid_PG, groups.item_PG, _ABSENT)
             items += [self._expanded(row, prompt, width) for row, prompt in zip(ranked_PG, prompts, strict=True)]
@@ -120,6 +127,7 @@ class Evaluator:
             user_id_N=self._samples.user_id_N[self._rows],
             unconstrained_invalid=self._invalid_rate(generator),
             unconstrained_rows=self._unconstrained_rows,
+            counts=dict(counts),
         )
 
     def _requests(self, rows: LongArray) -> list[LongArray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.catalogue import Catalogue
@@ -88,10 +89,7 @@ def prepare_initial_model(
 
 def check_fits(folder: Path, catalogue: Catalogue) -> None:
     """Refuse a model whose vocabulary or catalogue is not the one of the data."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows = config.get("vocab_size")
-    if rows != catalogue.vocabulary.size:
-        raise RequestError(f"{folder}: vocab_size", rows, f"{catalogue.vocabulary.size}, the tokens of the codes")
+    check_model(folder, catalogue.vocabulary.size)
     own = Catalogue.load(folder / CATALOGUE)
     if own.digest != catalogue.digest:
         raise RequestError(
@@ -99,6 +97,36 @@ def check_fits(folder: Path, catalogue: Catalogue) -> None:
             f"digest {own.digest[:12]}",
             f"{catalogue.digest[:12]}, the catalogue of the dataset",
         )
+
+
+def check_model(folder: Path, vocabulary_size: int) -> None:
+    """Refuse a folder whose configuration or weights cannot be read, or are of another vocabulary.
+
+    Raises:
+        RequestError: names the file.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            str(path), f"cannot be read ({error})", "the configuration of a Hugging Face model"
+        ) from error
+    if not isinstance(config, dict):
+        raise RequestError(str(path), f"holds {type(config).__name__}", "the configuration of a Hugging Face model")
+    if config.get("vocab_size") != vocabulary_size:
+        raise RequestError(
+            f"{folder}: vocab_size", config.get("vocab_size"), f"{vocabulary_size}, the tokens of the codes"
+        )
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not weights:
+        raise RequestError(str(folder), "no weights in it", "a model folder with *.safetensors")
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise RequestError(str(file), f"is damaged ({error})", "whole weights; take another copy") from error
 
 
 def write_preset(
@@ -113,7 +141,9 @@ def write_preset(
     """Write a Qwen3 of the named shape with random weights; the same seed gives the same file."""
     config = preset_config(name, catalogue)
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

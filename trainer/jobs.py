@@ -7,6 +7,7 @@ in `check_catalogue`, which the loop calls before it starts any process.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -188,6 +189,8 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
         raise RequestError("evaluation.k", list(job.evaluation.k), f"at most {n_items}, the items of the catalogue")
     longest = prompt + depth
     words = f"(data.max_prompt_tokens {prompt} + item path {depth})"
+    if prompt < 1 + depth:
+        raise RequestError("data.max_prompt_tokens", prompt, f"at least {1 + depth} (<bos> and one item of {depth})")
     limit = job.rollout.max_model_len
     if limit is not None and limit < longest:
         raise RequestError("rollout.max_model_len", limit, f"at least {longest} {words}, or null")
@@ -195,6 +198,35 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
         raise RequestError("learner.row_tokens", job.learner.row_tokens, f"at least {_next_row(longest)} {words}")
     if isinstance(job, RlJob) and job.rollout.width > n_items:
         raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
+
+
+def check_windows(job: SftJob, *, longest_sequence: int, depth: int) -> None:
+    """Refuse rows that a window of supervised training may not fit into: `data.history` + 1 items.
+
+    Raises:
+        RequestError: names the row and the history that would fit.
+    """
+    tokens = min(job.data.history + 1, longest_sequence) * depth
+    if tokens > job.learner.row_tokens:
+        fits = job.learner.row_tokens // depth - 1
+        raise RequestError(
+            "learner.row_tokens",
+            job.learner.row_tokens,
+            f"at least {_next_row(tokens)} (windows of data.history {job.data.history} + 1 items of {depth} tokens), "
+            f"or data.history of at most {fits}",
+        )
+
+
+def check_batch(job: RlJob, rows: int) -> None:
+    """Refuse a rollout batch that is larger than the training rows.
+
+    Raises:
+        RequestError: names the largest legal batch.
+    """
+    if job.batch_prompts > rows:
+        step = math.lcm(job.rollout.shard_size, job.objective.minibatches)
+        legal = f"at most {rows // step * step}, of {rows} training rows, in multiples of {step}"
+        raise RequestError("batch_prompts", job.batch_prompts, legal)
 
 
 def _next_row(tokens: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.constraint import Constraint
-from data.errors import RunError
+from data.errors import RequestError, RunError
 from data.trie import ItemTrie
 from data.trie_constraint import TrieConstraint
 from rollout.movers import Endpoint, MoverRequest
@@ -122,6 +122,7 @@ class LearnerGroup:
         """
         import ray
 
+        check_resources(settings)
         actor = ray.remote(LearnerActor)
         options: dict[str, Any] = {
             "num_cpus": 1,
@@ -277,6 +278,22 @@ def _joined_scores(parts: list[ScoreOutputs]) -> ScoreOutputs:
         arrays = [getattr(part, field.name) for part in parts]
         joined[field.name] = None if arrays[0] is None else np.sum(arrays, axis=0, dtype=arrays[0].dtype)
     return ScoreOutputs(**joined)
+
+
+def check_resources(settings: LearnerSettings) -> None:
+    """Refuse what the cluster can never give, instead of waiting for it.
+
+    Raises:
+        RequestError: more ranks than CPUs, or CUDA without as many GPUs.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    if total.get("CPU", 0) < settings.ranks:
+        raise RequestError("learner.ranks", settings.ranks, f"at most {int(total.get('CPU', 0))}, the cluster's CPUs")
+    gpus = int(total.get("GPU", 0))
+    if settings.device is Device.CUDA and gpus < settings.ranks:
+        raise RequestError("learner.device", "cuda", f"auto or cpu: {settings.ranks} ranks and {gpus} GPUs here")
 
 
 def _gpus(settings: LearnerSettings) -> bool:

@@ -17,7 +17,7 @@ from reward.scoring import RewardScorer
 from reward.service import RewardService
 from trainer.checkpoints import read_manifest
 from trainer.interruption import Interruption
-from trainer.jobs import PolicyJobSettings, RlJob, SftJob
+from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
 from trainer.loop import ReplayLoop, RlLoop
 from trainer.policy_data import PolicyData
 from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
@@ -33,8 +33,11 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
     """Train on whole sequences; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
+    sequences = data.dataset.sequences("train")
+    longest = int((sequences.end_S - sequences.start_S).max(initial=0))
+    check_windows(job, longest_sequence=longest, depth=data.catalogue.trie().depth)
     feed = WindowFeed(
-        sequences=data.dataset.sequences("train"),
+        sequences=sequences,
         catalogue=data.catalogue,
         history=job.data.history,
         batch_rows=job.batch_rows,
@@ -57,6 +60,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     samples = data.dataset.samples("train")
     if job.data.latest_rows is not None:
         samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
+    check_batch(job, len(samples))
     feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
     if job.rollout_only is not None:
         with reward_scorer(job) as (rewards, _):

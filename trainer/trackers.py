@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import secrets
 from collections.abc import Mapping
@@ -92,13 +93,28 @@ def open_trackers(run_dir: Path, settings: TrackingSettings, config: Mapping[str
     return trackers
 
 
+def check_trackers(settings: TrackingSettings) -> None:
+    """Refuse a tracker that is not installed, before anything is started.
+
+    Raises:
+        RequestError: names it.
+    """
+    for name in ("wandb", "mlflow"):
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
+
+
+def _not_installed(name: str) -> RequestError:
+    return RequestError(
+        f"tracking.{name}", f"true, but {name} is not installed", f"false, or pip install 'windlass[{name}]'"
+    )
+
+
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise RequestError(
-            f"tracking.{name}", f"true, but {name} is not installed", f"false, or pip install 'windlass[{name}]'"
-        ) from error
+        raise _not_installed(name) from error
 
 
 def _read_ids(run_dir: Path) -> dict[str, str]:
