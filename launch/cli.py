@@ -259,7 +259,8 @@ def unboxed(text: str) -> str:
     """tyro's message without colours and the box around it, on one line, up to its own pointer to the help."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in plain.splitlines()]
-    kept = [line for line in lines if line and not re.match(r"^[╭╰├─+-]", line)]
+    # Box lines go, a line with the name of an option (--dataset PATH) stays.
+    kept = [line for line in lines if line and not re.match(r"^([╭╰├─]|\+-|-{3})", line)]
     text = " ".join(" ".join(kept).partition("For full helptext")[0].split())
     # A wrong value of a nested section comes as pydantic's own report.
     nested = re.search(r"arguments\.(\S+): .*? for \w+ (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type=", text)

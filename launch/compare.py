@@ -30,6 +30,9 @@ def compare_command(
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
     """
+    for name, value, least in (("--resamples", resamples, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise RequestError(name, value, f"{least} or more")
     answer = compare(
         read_row_metrics(rows_file(base)), read_row_metrics(rows_file(other)), metrics, resamples=resamples, seed=seed
     )

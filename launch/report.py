@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -39,8 +40,13 @@ def write_report(run: Path, target: Path) -> None:
         RequestError: the folder has neither metrics.jsonl nor summary.json, or one is damaged.
     """
     text = render(run)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, text)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise RequestError("--output", f"{target}: {error.strerror}", "a file that can be written") from error
 
 
 def render(run: Path) -> str:
@@ -52,7 +58,8 @@ def render(run: Path) -> str:
         raise RequestError("run", f"{run} has neither {METRICS} nor summary.json", "a run directory")
     steps = read_metrics(run / METRICS) if has_metrics else []
     summary = read_json(run / "summary.json") if has_summary else {}
-    stages = summary.get("stages") or {}
+    stages = _mappings(run, summary, "stages")
+    comparisons = _mappings(run, summary, "comparisons")
     loader = jinja2.FileSystemLoader(TEMPLATES)
     template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
         "report.html.j2"
@@ -63,11 +70,19 @@ def render(run: Path) -> str:
         subtitle=_subtitle(run, steps),
         facts=facts(summary),
         stages=stage_tables(stages),
-        comparisons=comparison_rows(summary.get("comparisons") or {}),
+        comparisons=comparison_rows(comparisons),
         plots=plots(steps, stages) + part_plots(run),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
+
+
+def _mappings(run: Path, summary: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """A part of the summary that maps names to mappings; absent means none."""
+    part = summary.get(name) or {}
+    if not isinstance(part, dict) or not all(isinstance(value, Mapping) for value in part.values()):
+        raise RequestError(f"{run / 'summary.json'}: {name}", f"{part!r:.60}", "an object of objects")
+    return part
 
 
 def _subtitle(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
@@ -79,6 +94,8 @@ def _subtitle(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
         except ValueError as error:
             raise RequestError(str(environment), f"is not JSON ({error})", "the file as the run wrote it") from error
         entry = entries[-1] if isinstance(entries, list) and entries else entries or {}
+        if not isinstance(entry, Mapping):
+            raise RequestError(str(environment), f"{entry!r:.60}", "a list of objects, as the run wrote it")
         commit = entry.get("commit")
         words += [f"commit {str(commit)[:10]}{' with changes' if entry.get('dirty') else ''}"] if commit else []
         machine = entry.get("hardware") or {}
@@ -165,7 +182,7 @@ def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[s
     rows = []
     for name, metrics in comparisons.items():
         for metric, d in metrics.items():
-            if isinstance(d, Mapping) and {"mean", "low", "high"} <= set(d):
+            if isinstance(d, Mapping) and all(isinstance(d.get(n), int | float) for n in ("mean", "low", "high")):
                 rows.append(
                     {
                         "name": name,

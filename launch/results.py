@@ -55,6 +55,8 @@ def results_command(
     for name in names:
         if name not in there:
             raise RequestError("results", name, ", ".join(there) or f"none: {docs / 'results'} holds no table")
+    if not there:
+        raise RequestError("--docs", f"{docs / 'results'} holds no table", "a folder with results/NAME.json")
     deadline = time.monotonic() + 60 * budget_minutes
     answer: dict[str, Any] = {"tables": {}}
     for name in names or there:
@@ -79,6 +81,9 @@ def read_table(path: Path) -> dict[str, Any]:
         raise RequestError(str(path), f"format {content.get('format')!r}", f"format {FORMAT}")
     if not isinstance(content.get("rows"), list) or not isinstance(content.get("columns"), dict):
         raise RequestError(str(path), "no rows or no columns", "rows and columns as in launch/results.py")
+    for title, place in content["columns"].items():
+        if not isinstance(place, str):
+            raise RequestError(f"{path}: column {title}", repr(place), "the dotted place of a value, as text")
     for row in content["rows"]:
         if not isinstance(row, dict) or "name" not in row or not ("command" in row or row.get("result") is not None):
             raise RequestError(str(path), f"row {row!r:.60}", "a name, and a command or a result")

@@ -110,7 +110,7 @@ class RunDirectory:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         config = self.path / "config.yaml"
-        if config.is_file():
+        if config.is_file() and has_begun(self.path):
             refuse_other_experiment(config, to_mapping(job))
         write_text(config, f"# windlass run configuration, format {FORMAT}\n" + to_yaml(job))
         from launch.provenance import environment
@@ -148,6 +148,16 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def has_begun(path: Path) -> bool:
+    """True once a run has left something of its own; a start that was refused leaves a configuration only."""
+    metrics = path / "metrics.jsonl"
+    return (
+        (metrics.is_file() and metrics.stat().st_size > 0)
+        or any((path / "checkpoints").glob("step-*"))
+        or (path / "ranker").exists()
+    )
 
 
 def refuse_other_experiment(config: Path, wanted: Mapping[str, Any]) -> None:

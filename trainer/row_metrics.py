@@ -61,11 +61,18 @@ def read_row_metrics(path: Path) -> RowMetrics:
     Raises:
         RequestError: no such file, not Parquet, another format, or a sample that is there twice.
     """
+    legal = "rows/NAME.parquet of an evaluated run"
+    if not path.is_file():
+        raise RequestError(str(path), "no such file", legal)
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise RequestError(str(path), " ".join(str(error).split()), "rows/NAME.parquet of an evaluated run") from error
+        raise RequestError(str(path), " ".join(str(error).split()), legal) from error
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    wrong = [name for name in ("name", "split", "dataset") if name not in metadata]
+    wrong += [f.name for f in table.schema if not (pa.types.is_integer(f.type) or pa.types.is_floating(f.type))]
+    if metadata.get("format") == str(FORMAT) and wrong:
+        raise RequestError(str(path), f"{wrong[0]} is absent or no number", legal)
     if metadata.get("format") != str(FORMAT) or not set(KEYS) <= set(table.column_names):
         raise RequestError(str(path), f"format {metadata.get('format')!r}", f"format {FORMAT} with {', '.join(KEYS)}")
     sample_id_N = table.column("sample_id").to_numpy()

@@ -50,7 +50,10 @@ def test_one_process_holds_a_folder(tmp_path: Path) -> None:
 
 
 def test_another_experiment_is_refused_but_limits_may_change(tmp_path: Path) -> None:
+    # Until a run has left something of its own, a mistyped key can be mended in the same folder.
+    RunDirectory.open(tmp_path, job_from(RECIPE, ["--learner.lr", "0.7"])).close()
     RunDirectory.open(tmp_path, job_from(RECIPE)).close()
+    (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
     RunDirectory.open(tmp_path, job_from(RECIPE, ["--limits.max_steps", "9", "--learner.ranks", "2"])).close()
     with pytest.raises(
         RequestError, match=r"learner.lr: 0.5, but the run in .* was started with 1e-05; legal: the same"
