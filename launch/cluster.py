@@ -9,6 +9,7 @@ process then compares the digest of the packages it imports with the driver's.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ USER_PATH_VARIABLE = "WINDLASS_USER_PATH"
 """The driver's folder, which workers put last on their module path."""
 WORKING_DIRECTORY = Path(__file__).parent / "worker_directory"
 HOOK = "launch.cluster.check_packages"
+CONNECT_S = 10.0
+"""Seconds within which a cluster's address must take a connection."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
 PASSED_ON = (FAULT_VARIABLE, "WINDLASS_REWARD_TOKEN", "DS_ACCELERATOR", "HF_HUB_OFFLINE")
@@ -104,10 +107,11 @@ def cluster(
             "include_dashboard": False,
         }
     else:
+        check_address(settings.address)
         arguments["address"] = settings.address
     try:
         ray.init(**arguments)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise RequestError(
             "cluster.address", settings.address, f"the address of a running Ray cluster ({error})"
         ) from error
@@ -116,6 +120,24 @@ def cluster(
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        RequestError: neither `auto` nor HOST:PORT, or no connection within seconds.
+    """
+    if address in ("auto", "local"):
+        return
+    legal = "`auto`, or HOST:PORT (or ray://HOST:PORT) of a running Ray cluster"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise RequestError("cluster.address", repr(address), legal)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RequestError("cluster.address", f"{address} ({error})", legal) from error
 
 
 def _try_a_worker() -> None:

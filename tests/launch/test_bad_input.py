@@ -431,3 +431,14 @@ def test_a_system_error_that_may_be_ours_keeps_its_traceback(
     monkeypatch.setattr(launch.train_command, "train", refuse)
     with pytest.raises(FileNotFoundError):
         call("train", "rl.yaml", "--run-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1", "http://x y", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    arguments = ["train", str(world / "sft.yaml"), "--run-dir", str(tmp_path / "run"), "--cluster.address", address]
+    assert cli.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert "cluster.address: " in error
+    assert error.count("\n") == 1
