@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from data.catalogue import Catalogue
 from data.code_building import IdSettings, Source, build_codes
 from data.dataset import Dataset
@@ -116,7 +118,7 @@ def run_demo(plan: Plan) -> dict[str, Any]:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     plan = Plan(**{**plan.__dict__, "run_dir": plan.run_dir.resolve(), "dataset": plan.dataset.resolve()})
     _note_environment(plan)
-    clock = Clock(plan.run_dir / PROGRESS)
+    clock = Clock(plan.run_dir / PROGRESS, started=psutil.Process().create_time())
     with Interruption() as interruption, MemorySampler() as memory:
         with clock.phase("data", memory):
             dataset = open_dataset(plan.dataset)
@@ -262,7 +264,7 @@ def _stages(
             files[name] = plan.run_dir / name / "rows" / "test.parquet"
         else:
             if name == "sasrec":
-                ranker = load_ranker(str(summaries["sasrec"]["ranker"]))
+                ranker = load_ranker(plan.run_dir / "sasrec" / "ranker")
             else:
                 settings = ["--ranker.kind", name, "--data.dataset", str(plan.dataset)]
                 counted = load_job("demo-ranker", settings)
@@ -291,31 +293,39 @@ def link_checkpoints(run_dir: Path, best: Mapping[str, str]) -> dict[str, str]:
 class Clock:
     """Wall time per phase and peak memory, over all starts of a demo."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, started: float | None = None) -> None:
+        """`path` keeps the figures; `started` is when this process began (`time.time()`), for the phase `start`."""
         self._path = path
         kept = read_json(path) if path.is_file() else {}
         self._seconds: dict[str, float] = {n: float(s) for n, s in kept.get("phase_seconds", {}).items()}
         self._peak_gib = float(kept.get("peak_pss_gib", 0.0))
+        self._now: tuple[str, float] | None = None
         self.ray_is_up = False
+        if started is not None:
+            self._seconds["start"] = self._seconds.get("start", 0.0) + max(0.0, time.time() - started)
 
     @contextlib.contextmanager
     def phase(self, name: str, memory: MemorySampler) -> Iterator[None]:
         """Time what happens inside, and keep it."""
-        begun = time.monotonic()
+        self._now = name, time.monotonic()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begun
+            self._seconds, self._now = self._with_present(), None
             self._peak_gib = max(self._peak_gib, memory.peak_pss_gib)
             write_text(self._path, json.dumps(self.totals(), indent=2) + "\n")
 
+    def _with_present(self) -> dict[str, float]:
+        """Seconds by phase, the one that is going on included."""
+        if self._now is None:
+            return dict(self._seconds)
+        name, begun = self._now
+        return {**self._seconds, name: self._seconds.get(name, 0.0) + time.monotonic() - begun}
+
     def totals(self) -> dict[str, Any]:
         """Entries of the summary."""
-        return {
-            "wall_seconds": sum(self._seconds.values()),
-            "phase_seconds": dict(self._seconds),
-            "peak_pss_gib": self._peak_gib,
-        }
+        seconds = self._with_present()
+        return {"wall_seconds": sum(seconds.values()), "phase_seconds": seconds, "peak_pss_gib": self._peak_gib}
 
 
 def _note_environment(plan: Plan) -> None:

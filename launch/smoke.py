@@ -16,7 +16,7 @@ FEW = ("--evaluation.rows", "32", "--evaluation.test-rows", "64", "--evaluation.
 OVERRIDES = {
     "*": (*FEW, "--evaluation.every", "0", "--checkpoints.interval", "10"),
     "sasrec": ("--ranker.kind", "cooccurrence", "--evaluation.rows", "100"),
-    "sft": ("--limits.max_epochs", "null", "--limits.max_steps", "20", "--learner.warmup_steps", "5"),
+    "sft": ("--limits.max_steps", "20", "--learner.warmup_steps", "5"),
     "rl": ("--limits.max_steps", "3", "--batch_prompts", "32", "--rollout.shard_size", "16"),
 }
 

@@ -2,14 +2,15 @@
 
     with policy_run(job, data, run_dir, interruption, log) as run: run.train()
 
-The order of starting is learners, then fleet, because both read the same `hf` folder and learners refuse a bad one
-first; whatever was started is ended, also when a later part fails.
+Learners and fleet start side by side from the same `hf` folder; whatever was started is ended, also when another part
+fails.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,20 +180,10 @@ def policy_run(
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     with ExitStack() as stack:
-        learners = LearnerGroup.start(
-            job.learner,
-            hf_dir,
-            data.catalogue,
-            job.seed,
-            total_steps,
-            reference_dir=reference,
+        learners, fleet = start_parts(
+            job, data, hf_dir, stack, total_steps=total_steps, reference=reference, with_fleet=with_fleet
         )
-        stack.callback(learners.close)
-        fleet = channel = None
-        if with_fleet:
-            fleet = RolloutFleet.start(job.rollout, hf_dir, data.catalogue)
-            stack.callback(fleet.close)
-            channel = weight_channel(job, data, learners, fleet)
+        channel = None if fleet is None else weight_channel(job, data, learners, fleet)
         if newest is not None:
             learners.load(newest / STATE)
         run_log = stack.enter_context(
@@ -221,6 +212,33 @@ def policy_run(
             state=state,
             hf_dir=hf_dir,
         )
+
+
+def start_parts(
+    job: SftJob | RlJob,
+    data: PolicyData,
+    hf_dir: Path,
+    stack: ExitStack,
+    *,
+    total_steps: int,
+    reference: Path | None,
+    with_fleet: bool,
+) -> tuple[LearnerGroup, RolloutFleet | None]:
+    """Start learners and fleet side by side, because both spend most of it importing; `stack` ends what came up.
+
+    When both refuse, the learners' error is the one that is raised.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="fleet-start") as pool:
+        starting = pool.submit(RolloutFleet.start, job.rollout, hf_dir, data.catalogue) if with_fleet else None
+        try:
+            learners = LearnerGroup.start(
+                job.learner, hf_dir, data.catalogue, job.seed, total_steps, reference_dir=reference
+            )
+            stack.callback(learners.close)
+        finally:
+            if starting is not None and starting.exception() is None:
+                stack.callback(starting.result().close)
+    return learners, None if starting is None else starting.result()
 
 
 def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup, fleet: RolloutFleet) -> WeightChannel:

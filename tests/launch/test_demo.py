@@ -7,6 +7,7 @@ The whole loop on real processes, small, is a long test; the figures of the real
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,13 @@ def test_time_adds_up_over_starts(tmp_path: Path) -> None:
         clock = Clock(tmp_path / "progress.json")
         with clock.phase("data", memory):
             pass
-    assert clock.totals()["wall_seconds"] == sum(clock.totals()["phase_seconds"].values()) > 0
+        with clock.phase("results", memory):
+            present = clock.totals()
+    assert list(present["phase_seconds"]) == ["data", "results"]
+    assert present["wall_seconds"] == sum(present["phase_seconds"].values()) > 0
+    assert clock.totals()["phase_seconds"]["results"] > present["phase_seconds"]["results"]
+    started = Clock(tmp_path / "other.json", started=time.time() - 5).totals()
+    assert started["phase_seconds"]["start"] == pytest.approx(5, abs=1)
 
 
 def test_an_interrupted_stage_is_not_finished(tmp_path: Path) -> None:
