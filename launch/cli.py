@@ -98,7 +98,11 @@ def run(arguments: Sequence[str]) -> int:
         return _say(told, EXIT_REQUEST if isinstance(told, RequestError) else EXIT_FAILED)
 
 
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    # A file lies where a folder is wanted, or the other way round.
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 """The user may mend these by another path or other rights."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """These end a run whatever was asked for."""
