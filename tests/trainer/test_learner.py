@@ -257,6 +257,26 @@ def test_non_finite_loss_leaves_weights_alone(model: Path, stage: int, dtype: st
     group.close()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_non_finite_gradient_leaves_weights_alone(model: Path, stage: int, dtype: str) -> None:
+    """The loss is finite, so only the gradient norm tells."""
+    from trainer.learner import Learner
+    from trainer.learner_group import LearnerGroup
+    from trainer.settings import LearnerSettings
+
+    settings = LearnerSettings(**(PLAIN | THREADS | {"dtype": dtype, "zero_stage": stage}))
+    learner = Learner(settings, model, make_constraint())
+    group = LearnerGroup(settings, learner, [])
+    completions = make_completions()
+    before = group.score(completions, 1.0).logp_PGT
+    next(iter(learner._names.values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match="gradient norm (inf|nan) in optimiser step 1; stopped before the step"):
+        group.update(completions, make_inputs(completions))
+    np.testing.assert_array_equal(group.score(completions, 1.0).logp_PGT, before)
+    group.close()
+
+
 def test_state_of_another_model_is_refused(
     tmp_path: Path, two_ranks: dict[str, list[dict[str, Any]]], model: Path
 ) -> None:
