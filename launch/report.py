@@ -33,6 +33,34 @@ def report_command(run: Annotated[Path, tyro.conf.Positional], /, output: Path |
     print(target)
 
 
+HEADLINE = frozenset(
+    {
+        "job",
+        "dataset",
+        "steps",
+        "ended by",
+        "interrupted",
+        "wall seconds",
+        "peak pss gib",
+        "engine/name",
+        "engine/version",
+        "engine/count",
+        "learner/backend",
+        "learner/zero stage",
+        "learner/ranks",
+        "reward/backend",
+        "reward/requests",
+        "policy gap/mean",
+        "policy gap/max",
+        "weight versions",
+        "selection/metric",
+        "selection/best step",
+        "selection/best score",
+    }
+)
+"""Facts of the summary that stand at the top; the others follow at the end, folded."""
+
+
 def write_report(run: Path, target: Path) -> None:
     """Write the report of a run folder.
 
@@ -65,10 +93,13 @@ def render(run: Path) -> str:
         "report.html.j2"
     )
     config = run / "config.yaml"
+    known = facts(summary)
     return template.render(
         title=f"windlass: {run.resolve().name}",
         subtitle=_subtitle(run, steps),
-        facts=facts(summary),
+        facts=[fact for fact in known if fact["name"] in HEADLINE or fact["warn"]],
+        remarks=[fact["value"] for fact in known if fact["name"].endswith("words")],
+        details=[fact for fact in known if fact["name"] not in HEADLINE and not fact["name"].endswith("words")],
         stages=stage_tables(stages),
         comparisons=comparison_rows(comparisons),
         plots=plots(steps, stages) + part_plots(run),
@@ -211,8 +242,9 @@ def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, 
     candidates = [
         ("HR by K", draw.by_cutoff(stages, "hr")),
         ("NDCG by K", draw.by_cutoff(stages, "ndcg")),
-        ("Reward", draw.lines(steps, draw.names(steps, r"reward/(mean|std|hit)"), ylabel="reward")),
-        ("Loss", draw.lines(steps, draw.names(steps, r"(?:.*/)?(?:loss|nll)"), ylabel="loss")),
+        ("Reward", draw.lines(steps, draw.names(steps, r"reward/mean"), ylabel="mean reward")),
+        ("Reward within groups", draw.lines(steps, draw.names(steps, r"reward/(std|hit)"), ylabel="share, reward")),
+        ("Loss", draw.lines(steps, draw.names(steps, r"(?!tokens/)(?:.*/)?(?:loss|nll)"), ylabel="loss")),
         ("NDCG while training", draw.lines(steps, [n for n in evaluated if "ndcg" in n], ylabel="NDCG@K")),
         ("HR while training", draw.lines(steps, [n for n in evaluated if "hr@" in n], ylabel="HR@K")),
         (

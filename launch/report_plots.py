@@ -66,8 +66,9 @@ def lines(steps: Steps, metric_names: Sequence[str], *, ylabel: str, log: bool =
 
 
 def stacked_time(steps: Steps) -> str | None:
-    """Seconds per phase, stacked over the steps; `time/step` and `time/total` contain the others and stay out."""
-    phases = [name for name in names(steps, r"time/.+") if name not in ("time/step", "time/total", "time/elapsed")]
+    """Seconds per phase, stacked over the steps; what contains others (`time/step`) or is part of one
+    (`time/push/transfer`) stays out."""
+    phases = [name for name in names(steps, r"time/[^/]+") if name not in ("time/step", "time/total", "time/elapsed")]
     rows = [s for s in steps if any(_is_number(s.get(name)) for name in phases)]
     if not rows:
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.errors import RequestError
 from rollout.channel import PushReport, WeightChannel
 from rollout.fleet import RolloutFleet
 from rollout.peers import RayPeer
@@ -118,7 +119,7 @@ def push_metrics(report: PushReport) -> Metrics:
         "push/mib": report.nbytes / 2**20,
         "push/replaced_engines": float(len(report.replaced)),
         "perf/push_gib_per_s": report.nbytes / 2**30 / max(report.seconds["transfer"], 1e-9),
-        **{f"time/push_{phase}": seconds for phase, seconds in report.seconds.items() if phase != "total"},
+        **{f"time/push/{phase}": seconds for phase, seconds in report.seconds.items() if phase != "total"},
     }
 
 
@@ -179,6 +180,7 @@ def policy_run(
         codebooks=data.codebooks(job),
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
+    check_cpus(job, with_fleet=with_fleet)
     with ExitStack() as stack:
         learners, fleet = start_parts(
             job, data, hf_dir, stack, total_steps=total_steps, reference=reference, with_fleet=with_fleet
@@ -211,6 +213,26 @@ def policy_run(
             interruption=interruption,
             state=state,
             hf_dir=hf_dir,
+        )
+
+
+def check_cpus(job: SftJob | RlJob, *, with_fleet: bool) -> None:
+    """Refuse parts that together want more CPUs than the cluster has: Ray would let some of them wait for ever.
+
+    Raises:
+        RequestError: names what each part wants.
+    """
+    import ray
+
+    wanted = {"learner.ranks": float(job.learner.ranks), "rollout.engines": float(job.rollout.engines * with_fleet)}
+    if isinstance(job, RlJob) and job.reward.ranker is not None:
+        wanted["reward.replicas x reward.num_cpus"] = job.reward.replicas * job.reward.num_cpus
+    total = ray.cluster_resources().get("CPU", 0.0)
+    needed = sum(wanted.values())
+    if needed > total:
+        parts = ", ".join(f"{name} {count:g}" for name, count in wanted.items())
+        raise RequestError(
+            "cluster.num_cpus", f"{total:g} logical CPUs", f"at least {needed:g} ({parts}), or fewer parts"
         )
 
 
