@@ -78,7 +78,7 @@ def test_report_has_every_part_and_needs_no_network(finished_run: Path) -> None:
         assert part in page.captions
     for part in ("Policy gap: engine against learner", "Legal mass", "Time per phase", "Configuration"):
         assert part in page.captions
-    assert target.read_text().count("<svg") == 10
+    assert target.read_text().count("<svg") == 11
     assert '<td class="best">0.1200<small>0.1080 – 0.1320</small></td>' in target.read_text()
     assert "[-0.0010, +0.0050]" in target.read_text()
 
