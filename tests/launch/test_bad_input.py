@@ -77,6 +77,7 @@ def call(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     def nothing(*_: Any, **__: Any) -> Iterator[None]:
         yield
 
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(launch.train_command, "cluster", nothing)
     monkeypatch.setattr(launch.eval_command, "cluster", nothing)
     monkeypatch.setattr(LearnerGroup, "start", accepted)
@@ -128,6 +129,7 @@ def refused(answer: tuple[int, str], words: str) -> None:
         (["--reward.ranker", "run"], "no ranker.json in it"),
         (["--reward.ranker", "launch.cli:Command"], "a class with score(histories, candidates)"),
         (["--reward.ranker", "tests.reward.rankers:Nothing", "--reward.host", "0.0.0.0"], "reward.host: 0.0.0.0"),
+        (["--learner.ranks", "6", "--rollout.engines", "3"], "cluster.num_cpus: 8 logical CPUs; legal: at least 9"),
         (["--train_only", "run"], "holds no step-*.parquet; legal: a folder that --rollout-only wrote"),
         (["--rollout_only", "rl.yaml"], "legal: a folder, made when it is missing"),
         (["--run-dir", "rl.yaml"], "rl.yaml: File exists; legal: a folder that can be written"),
