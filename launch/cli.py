@@ -66,7 +66,9 @@ COMMANDS: dict[str, Command] = {
     "results": Command(
         target="launch.results:results_command", summary="regenerate a table of docs/results.md", answers=True
     ),
-    "demo": Command(target="launch.demo:demo_command", summary="the main job on MovieLens-100K, start to end"),
+    "demo": Command(
+        target="launch.demo:demo_command", summary="the main job on MovieLens-100K, start to end", answers=True
+    ),
     "smoke": Command(target="launch.smoke:smoke_command", summary="the whole loop in a minute"),
     "doctor": Command(
         target="launch.doctor:doctor_command", summary="what this machine lacks, and how to mend it", answers=True

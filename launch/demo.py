@@ -102,15 +102,14 @@ def optimiser_steps(job: PolicyJobSettings) -> int:
     return job.limits.max_steps * job.objective.updates * job.objective.minibatches
 
 
-def demo_command(run_dir: Path = Path("runs/demo"), dataset: Path = Path("datasets/ml-100k")) -> int:
+def demo_command(run_dir: Path = Path("runs/demo"), dataset: Path = Path("datasets/ml-100k")) -> dict[str, Any]:
     """Run the main job on MovieLens-100K and print its table; started again, it continues where it stopped.
 
     Args:
         run_dir: folder of the demo's runs and results.
         dataset: folder of the dataset; MovieLens-100K is imported into it when it is absent.
     """
-    run_demo(Plan(run_dir=run_dir, dataset=dataset))
-    return 0
+    return run_demo(Plan(run_dir=run_dir, dataset=dataset))
 
 
 def run_demo(plan: Plan) -> dict[str, Any]:

@@ -6,9 +6,11 @@
      "rows": [{"name": "SFT", "command": ["eval", "runs/x", "--data", "datasets/y"],
                "result": null | {...}, "seconds": null | 12.3, "commit": null | "..."}]}
 
-A row without a result is measured by running `windlass COMMAND --json FILE`; the file is saved after each row, so an
-interrupted run continues with the next row, and `--budget-minutes` ends it between rows. The table then replaces what
-stands between the two markers of NAME in docs/results.md. Rows may hold a `result` and no command: published numbers.
+A row without a result is measured by running `windlass COMMAND --json FILE`, after the commands of `before` (training,
+which continues by itself); rows with the same command share one run, and `part` says which part of the answer a row
+keeps. The file is saved after each row, so an interrupted run continues with the next row, and `--max-minutes` ends it
+between rows. The table then replaces what stands between the two markers of NAME in docs/results.md; what was not
+measured says so. Rows may hold a `result` and no command: published numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Annotated, Any
 import tyro
 
 from data.errors import RequestError, RunError
+from launch.cli import COMMANDS, split_command
 from launch.provenance import ROOT, commit
 from launch.run_directory import read_json
 from trainer.durable import write_text
@@ -37,7 +40,7 @@ Runner = Callable[[Sequence[str]], Mapping[str, Any]]
 def results_command(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
-    budget_minutes: float = 60.0,
+    max_minutes: float = 60.0,
     again: bool = False,
     only_render: bool = False,
     docs: Path = ROOT / "docs",
@@ -46,7 +49,7 @@ def results_command(
 
     Args:
         names: tables, docs/results/NAME.json; none means all.
-        budget_minutes: no new row is begun after this time.
+        max_minutes: no new row is begun after this time.
         again: measure every row that has a command again.
         only_render: measure nothing, write the tables from what is there.
         docs: folder of the documentation.
@@ -57,7 +60,7 @@ def results_command(
             raise RequestError("results", name, ", ".join(there) or f"none: {docs / 'results'} holds no table")
     if not there:
         raise RequestError("--docs", f"{docs / 'results'} holds no table", "a folder with results/NAME.json")
-    deadline = time.monotonic() + 60 * budget_minutes
+    deadline = time.monotonic() + 60 * max_minutes
     answer: dict[str, Any] = {"tables": {}}
     for name in names or there:
         path = docs / "results" / f"{name}.json"
@@ -100,30 +103,51 @@ def measure(
 ) -> None:
     """Run the commands of the rows that miss a result, saving after each, until `deadline`."""
     table = read_table(path)
+    answers: dict[tuple[str, ...], tuple[Mapping[str, Any], float]] = {}
     for row in table["rows"]:
         if "command" not in row or (row.get("result") is not None and not again):
             continue
-        if now() >= deadline:
-            return
-        started = now()
-        row["result"] = dict(runner(row["command"]))
-        row["seconds"] = round(now() - started, 1)
-        row["commit"] = commit()["commit"]
+        command = tuple(row["command"])
+        if command not in answers:
+            if now() >= deadline:
+                return
+            started = now()
+            for earlier in row.get("before", ()):
+                runner(earlier)
+            answers[command] = runner(row["command"]), round(now() - started, 1)
+        answer, row["seconds"] = answers[command]
+        row["result"] = kept_part(path, row, answer)
+        state = commit()
+        row["commit"] = f"{state['commit']} with changes" if state["dirty"] else state["commit"]
         write_text(path, json.dumps(table, indent=1) + "\n")
 
 
+def kept_part(path: Path, row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row keeps of the answer of its command.
+
+    Raises:
+        RequestError: the answer has no such part.
+    """
+    part = lookup(answer, row["part"]) if "part" in row else answer
+    if not isinstance(part, Mapping):
+        raise RequestError(f"{path}: part of {row['name']}", row.get("part"), f"one of {', '.join(answer)}")
+    return dict(part)
+
+
 def run_windlass(command: Sequence[str]) -> Mapping[str, Any]:
-    """Run a windlass command in a process of its own and return its JSON answer.
+    """Run a windlass command in a process of its own and return its JSON answer (empty where it gives none).
 
     Raises:
         RunError: it did not end with exit code 0.
     """
+    answers = COMMANDS[split_command(list(command))[0]].answers
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "answer.json"
-        done = subprocess.run([sys.executable, "-m", "launch.cli", *command, "--json", str(target)], check=False)
+        wanted = ["--json", str(target)] if answers else []
+        done = subprocess.run([sys.executable, "-m", "launch.cli", *command, *wanted], check=False)
         if done.returncode != 0:
             raise RunError(f"windlass {' '.join(command)} ended with exit code {done.returncode}")
-        return read_json(target)
+        return read_json(target) if answers else {}
 
 
 def render(docs: Path, names: Sequence[str]) -> None:
@@ -152,6 +176,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in table["rows"]:
         cells = [_cell(lookup(row.get("result"), path)) for path in columns.values()]
+        if row.get("result") is None:
+            cells[0] = "not run"
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     if table.get("note"):
         lines += ["", str(table["note"])]

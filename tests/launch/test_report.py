@@ -7,6 +7,7 @@ Not checked here: how the page looks (it was looked at in a browser when it was 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -202,6 +203,26 @@ def test_results_resume_and_keep_to_their_time(tmp_path: Path) -> None:
         "| first | 0.1000 | 1 |",
         "| second | 0.1000 | 2 |",
     ]
+
+
+def test_rows_of_one_command_share_a_run_and_keep_their_part(tmp_path: Path) -> None:
+    path = tmp_path / "shared.json"
+    rows = [{"name": n, "before": [["train", "x"]], "command": ["demo"], "part": f"stages.{n}"} for n in ("a", "b")]
+    path.write_text(json.dumps({"format": 1, "columns": {"HR": "hr"}, "rows": rows}))
+    ran: list[list[str]] = []
+
+    def run(command: Sequence[str]) -> dict[str, Any]:
+        ran.append(list(command))
+        return {"stages": {"a": {"hr": 0.1}, "b": {"hr": 0.2}}}
+
+    measure(path, run, deadline=math.inf)
+    assert ran == [["train", "x"], ["demo"]]
+    assert [row["result"] for row in read_table(path)["rows"]] == [{"hr": 0.1}, {"hr": 0.2}]
+    content = json.loads(path.read_text())
+    content["rows"].append({"name": "c", "command": ["demo"], "part": "stages.c"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(RequestError, match="part of c"):
+        measure(path, run, deadline=math.inf)
 
 
 def test_results_are_written_between_their_markers(tmp_path: Path) -> None:
