@@ -8,6 +8,8 @@ restart, refused settings. Not here: pushes to the fleet (test_channel.py).
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,13 +131,19 @@ def test_failures_come_up_as_themselves(small_fleet: RolloutFleet, catalogue: Ca
         small_fleet.generate([unreadable], BEAM)
 
 
-def test_a_silent_engine_ends_the_request(small_fleet: RolloutFleet, catalogue: Catalogue) -> None:
+def test_a_silent_engine_ends_the_request(small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any) -> None:
+    prompts = random_prompts(catalogue, [10] * 4)
     patience = small_fleet.settings
-    small_fleet.settings = patience.model_copy(update={"deadline_s": 0.01})
-    with pytest.raises(EngineFailure, match=r"no answer within rollout\.deadline_s"):
-        small_fleet.generate(random_prompts(catalogue, [400] * 4), DecodeSpec(decode=Decode.BEAM, width=200))
-    small_fleet.settings = patience
-    assert small_fleet.generate(random_prompts(catalogue, [10]), BEAM).valid_PG.all()
+    pid = ray_here.get(small_fleet.engines["reference-0"].__ray_call__.remote(lambda engine: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        small_fleet.settings = patience.model_copy(update={"deadline_s": 1.0})
+        with pytest.raises(EngineFailure, match=r"no answer within rollout\.deadline_s, 1\.0 s"):
+            small_fleet.generate(prompts, BEAM)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        small_fleet.settings = patience
+    assert small_fleet.generate(prompts, BEAM).valid_PG.all()
 
 
 @pytest.mark.parametrize(
