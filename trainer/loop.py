@@ -124,7 +124,9 @@ class RlLoop(TrainingLoop):
             noise = self.learners.noise(completions, self.job.rollout.temperature)
             self.state = dataclasses.replace(self.state, noise=noise)
         measured = None if self.state.noise is None else Gap(mean=self.state.noise["mean"], max=self.state.noise["max"])
-        limit = gap_limit(dtype, measured) if settings.limit is None else Gap(mean=settings.limit, max=torch.inf)
+        limit = gap_limit(dtype, measured, settings.noise_factor)
+        if settings.limit is not None:
+            limit = Gap(mean=settings.limit, max=torch.inf)
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
