@@ -537,7 +537,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world: Path, tmp_path: 
         ),
         (["--reward.ranker", "hostile:Dying", "--reward.retries", "0"], "step 2: 8 of 8 groups have no reward", 1),
         (["--reward.url", "http://127.0.0.1:1"], "step 1: 8 of 8 groups have no reward (8 unavailable)", 0),
-        (["--reward.ranker", "hostile:Unbuildable"], "the reward service did not start", None),
+        (
+            ["--reward.ranker", "hostile:Unbuildable"],
+            "the reward service did not start: RuntimeError: no weights here",
+            None,
+        ),
     ],
     ids=["NaN", "slow", "dies", "down", "does not start"],
 )
