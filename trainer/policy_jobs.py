@@ -47,7 +47,15 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
     total = total_steps(job, feed.batches_per_epoch)
     with policy_run(job, data, run_dir, interruption, total_steps=total, headline=SFT_HEADLINE) as run:
         _restore_cursor(run, feed)
-        loop = SftLoop(settings=job, job=job, host=run, state=run.state, feed=feed, learners=run.learners)
+        loop = SftLoop(
+            settings=job,
+            job=job,
+            host=run,
+            state=run.state,
+            resumed=run.resumed,
+            feed=feed,
+            learners=run.learners,
+        )
         reason = loop.run()
         test = test_best(run, interrupted=reason == "interrupted")
         return summary(run, loop, reason, time.monotonic() - begun) | test
@@ -88,6 +96,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "job": job,
             "host": run,
             "state": run.state,
+            "resumed": run.resumed,
             "feed": feed,
             "learners": run.learners,
             "tracker": tracker,

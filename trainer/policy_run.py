@@ -59,6 +59,8 @@ class PolicyRun:
     interruption: Interruption
     state: RunState
     """Where the run begins: fresh, or from its newest checkpoint."""
+    resumed: bool
+    """Whether it begins from a checkpoint."""
     hf_dir: Path
     """The initial model."""
     _scored: tuple[int, float] | None = None
@@ -212,6 +214,7 @@ def policy_run(
             run_log=run_log,
             interruption=interruption,
             state=state,
+            resumed=newest is not None,
             hf_dir=hf_dir,
         )
 

@@ -128,6 +128,7 @@ class World:
             "job": job,
             "host": host,
             "state": state or RunState(),
+            "resumed": state is not None,
             "feed": feed,
             "rewards": RewardScorer(job.reward, None),
             "learners": learners,
