@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from data.catalogue import Catalogue
 from data.feed import Feed
+from data.records import NO_ITEM
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
@@ -71,7 +73,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     check_batch(job, len(samples))
     feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
     if job.rollout_only is not None:
-        with reward_scorer(job) as (rewards, _):
+        with reward_scorer(job, data.catalogue) as (rewards, _):
             return dump_rollouts(job, data, feed, rewards, run_dir, interruption)
     total = total_steps(job, feed.batches_per_epoch) * job.objective.updates * job.objective.minibatches
     with ExitStack() as stack:
@@ -86,7 +88,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
                 with_fleet=job.train_only is None,
             )
         )
-        rewards, service = stack.enter_context(reward_scorer(job))
+        rewards, service = stack.enter_context(reward_scorer(job, data.catalogue))
         _restore_cursor(run, feed)
         tracker = FailureTracker(job.reward)
         if run.state.failures:
@@ -120,14 +122,16 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
 
 
 @contextmanager
-def reward_scorer(job: RlJob) -> Iterator[tuple[RewardScorer, RewardService | None]]:
+def reward_scorer(job: RlJob, catalogue: Catalogue) -> Iterator[tuple[RewardScorer, RewardService | None]]:
     """The scorer of a job, with its service when a ranker is asked."""
+    # A retired item is nobody's ground truth: that an active one has its path does not make it one.
+    path_id_I = np.where(catalogue.active, catalogue.path_id, NO_ITEM)
     if not job.reward.asks_ranker:
-        yield RewardScorer(job.reward, None), None
+        yield RewardScorer(job.reward, None, path_id_I=path_id_I), None
         return
     service = RewardService.start(job.reward)
     try:
-        yield RewardScorer(job.reward, service.client()), service
+        yield RewardScorer(job.reward, service.client(), path_id_I=path_id_I), service
     finally:
         service.close()
 

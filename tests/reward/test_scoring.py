@@ -7,6 +7,7 @@ Not checked here: the formulas of the rules (test_rules), the service.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,21 @@ class Recorder:
 def scorer(attempt: Recorder, **settings: Any) -> RewardScorer:
     given = RewardSettings(ranker="x", retries=0, **settings)
     return RewardScorer(given, RewardClient(attempt, given))
+
+
+def test_a_completion_matches_a_ground_truth_that_shares_its_path() -> None:
+    path_id_I = np.array([0, 1, 2, 3, 4, 3, 4, 7, 8, 9], np.int32)
+    scored, metrics = RewardScorer(RewardSettings(), None, path_id_I=path_id_I).score(prompts(), groups())
+    assert scored.parts_PG["item_match"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert (scored.parts_PG["rank_penalty"] < 0).tolist()[1] == [False, True, True, True]
+    assert metrics["reward/hit"] == pytest.approx(2 / 3)
+
+
+def test_a_sibling_of_an_excluded_ground_truth_is_no_match() -> None:
+    path_id_I = np.array([0, 1, 2, 3, 4, 3, 4, 7, 8, 9], np.int32)
+    seen = [dataclasses.replace(prompt, exclusions=np.array([4], np.int32)) for prompt in prompts()]
+    scored, _ = RewardScorer(RewardSettings(), None, path_id_I=path_id_I).score(seen, groups())
+    assert not scored.parts_PG["item_match"][1].any()
 
 
 def test_reward_is_the_weighted_sum_of_the_sources() -> None:
