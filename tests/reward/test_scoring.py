@@ -104,7 +104,7 @@ def test_reward_is_the_weighted_sum_of_the_sources() -> None:
     assert [row.tolist() for row in attempt.calls[0].histories()] == [[0], [1], [2]]
     assert metrics["reward/hit"] == pytest.approx(1 / 3)
     assert metrics["reward/part/item_match"] == pytest.approx(2 / 10)
-    assert metrics["reward/requests"] == 1
+    assert metrics["system/reward_requests"] == 1
     assert metrics["reward/failed_share"] == 0
     assert metrics["reward/live_groups"] == 1
 
@@ -144,7 +144,7 @@ def test_transforms_are_bounded_and_keep_the_order(transform: str) -> None:
 def test_rules_alone_need_no_service_and_a_ranker_needs_one() -> None:
     scored, metrics = RewardScorer(RewardSettings(), None).score(prompts(), groups())
     assert set(scored.parts_PG) == {"item_match", "rank_penalty"}
-    assert "reward/requests" not in metrics
+    assert "system/reward_requests" not in metrics
     with pytest.raises(ValueError, match="no client"):
         RewardScorer(RewardSettings(ranker="x"), None)
 
