@@ -24,14 +24,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from data.errors import RunError
+from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.feed import Feed
 from data.records import DecodeSpec, Groups, IntArray, Prompt, ScoredGroups
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer, reward_metrics
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
-from trainer.group_dump import dumped_steps, read_step
+from trainer.group_dump import dumped_steps, read_step, step_path
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup, ScoreOutputs
 from trainer.losses import UpdateInputs
@@ -204,8 +204,23 @@ class ReplayLoop(RlLoop):
 
     def collect(self, step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
         """The groups of the next dump."""
-        prompts, scored = read_step(self.folder, self._steps[step - 1], self.catalogue_digest)
+        number = self._steps[step - 1]
+        prompts, scored = read_step(self.folder, number, self.catalogue_digest)
+        self._check_fits(step_path(self.folder, number), scored.groups)
         return prompts, scored, reward_metrics(scored) | {"epoch": self.epochs(), "prompts": float(len(prompts))}
+
+    def _check_fits(self, path: Path, groups: Groups) -> None:
+        """Refuse groups that the job's settings would train as something else than they are.
+
+        Raises:
+            RequestError: another temperature, or groups that the minibatches do not divide.
+        """
+        asked, found = self.job.rollout.temperature, groups.spec.temperature
+        if found != asked:
+            raise RequestError("rollout.temperature", asked, f"{found}, with which {path} was decoded")
+        size, parts = groups.shape[0], self.job.objective.minibatches
+        if size % parts:
+            raise RequestError("objective.minibatches", parts, f"a divisor of {size}, the groups in {path}")
 
 
 def decode_spec(job: RlJob, step: int) -> DecodeSpec:

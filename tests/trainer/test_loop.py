@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import RunError
+from data.errors import RequestError, RunError
 from data.feed import Feed
 from data.records import DecodeSpec, Groups, Prompt, RewardFailure, ScoredGroups
 from data.trie_constraint import TrieConstraint
@@ -218,6 +218,22 @@ def test_a_dump_is_used_once(world: World) -> None:
     replay = world.build("once", train_only=world.folder / "dump")
     assert replay.run() == "dump_ended"
     assert replay.state.step == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("rollout", {"temperature": 0.5}, "rollout.temperature: 0.5; legal: 1.0"),
+        ("objective", {"minibatches": 3}, "objective.minibatches: 3; legal: a divisor of 8"),
+    ],
+)
+def test_a_dump_that_does_not_fit_the_job_is_refused(
+    world: World, section: str, change: dict[str, Any], told: str
+) -> None:
+    settings = getattr(world.job, section).model_copy(update=change)
+    replay = world.build("unfit", train_only=world.folder / "dump", **{section: settings})
+    with pytest.raises(RequestError, match=told):
+        replay.run()
 
 
 def test_minibatches_let_ratios_move_and_a_reference_is_scored(world: World) -> None:
