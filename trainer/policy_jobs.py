@@ -18,6 +18,7 @@ from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
 from trainer.checkpoints import read_manifest
+from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
 from trainer.loop import ReplayLoop, RlLoop
@@ -74,8 +75,10 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
     if job.rollout_only is not None:
         with reward_scorer(job, data.catalogue) as (rewards, _):
-            return dump_rollouts(job, data, feed, rewards, run_dir, interruption)
-    total = total_steps(job, feed.batches_per_epoch) * job.objective.updates * job.objective.minibatches
+            steps = planned_steps(job, feed.batches_per_epoch)
+            return dump_rollouts(job, data, feed, rewards, run_dir, interruption, steps=steps)
+    batches = feed.batches_per_epoch if job.train_only is None else len(dumped_steps(job.train_only))
+    total = total_steps(job, batches)
     with ExitStack() as stack:
         run = stack.enter_context(
             policy_run(
@@ -83,7 +86,8 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
                 data,
                 run_dir,
                 interruption,
-                total_steps=total,
+                total_steps=total if job.train_only is None else min(total, batches),
+                updates_per_step=job.objective.updates * job.objective.minibatches,
                 headline=RL_HEADLINE,
                 with_fleet=job.train_only is None,
             )
@@ -137,12 +141,17 @@ def reward_scorer(job: RlJob, catalogue: Catalogue) -> Iterator[tuple[RewardScor
 
 
 def total_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
-    """Steps the job takes if nothing ends it early: the length of the learning-rate schedule."""
+    """Steps the learning-rate schedule spans, at least one."""
+    return max(1, planned_steps(job, batches_per_epoch))
+
+
+def planned_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
+    """Steps the job takes if nothing ends it early."""
     limits = job.limits
     by_epochs = None if limits.max_epochs is None else math.ceil(limits.max_epochs * batches_per_epoch)
     known = [steps for steps in (limits.max_steps, by_epochs) if steps is not None]
     # Limited by time alone: the schedule spans one epoch and stays at its end.
-    return max(1, min(known)) if known else batches_per_epoch
+    return min(known) if known else batches_per_epoch
 
 
 def _restore_cursor(run: PolicyRun, feed: Feed | WindowFeed) -> None:

@@ -149,6 +149,7 @@ def policy_run(
     *,
     total_steps: int,
     headline: tuple[str, ...],
+    updates_per_step: int = 1,
     with_fleet: bool = True,
 ) -> Iterator[PolicyRun]:
     """Start the parts of a job in the connected Ray cluster, continue from the newest checkpoint, end them all.
@@ -158,8 +159,9 @@ def policy_run(
         data: what it reads.
         run_dir: the run's folder.
         interruption: asked between steps.
-        total_steps: length of the learning-rate schedule.
+        total_steps: steps that the learning-rate schedule spans.
         headline: metrics that progress shows.
+        updates_per_step: optimiser steps that a step takes.
         with_fleet: whether engines are started (not for training from a dump).
 
     Raises:
@@ -185,7 +187,13 @@ def policy_run(
     check_cpus(job, with_fleet=with_fleet)
     with ExitStack() as stack:
         learners, fleet = start_parts(
-            job, data, hf_dir, stack, total_steps=total_steps, reference=reference, with_fleet=with_fleet
+            job,
+            data,
+            hf_dir,
+            stack,
+            total_steps=total_steps * updates_per_step,
+            reference=reference,
+            with_fleet=with_fleet,
         )
         channel = None if fleet is None else weight_channel(job, data, learners, fleet)
         if newest is not None:
