@@ -25,7 +25,7 @@ from rollout.peers import RayPeer
 from rollout.probe import item_probe
 from trainer.checkpoints import CheckpointStore, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
-from trainer.initial_model import prepare_initial_model
+from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
@@ -175,12 +175,13 @@ def policy_run(
         open_checkpoint(newest, data.facts)
         state = RunState.load(newest)
     # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
-    hf_dir = prepare_initial_model(
+    hf_dir = own_initial_model(
         job.init,
         data.catalogue,
         seed=job.seed,
         dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
         target=run_dir / "initial",
+        resumed=newest is not None,
         codebooks=data.codebooks(job),
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None

@@ -21,7 +21,7 @@ from rollout.fleet import RolloutFleet
 from rollout.settings import EngineDtype
 from trainer.evaluation import Generator
 from trainer.group_dump import step_path, steps_in, write_step
-from trainer.initial_model import prepare_initial_model
+from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob
 from trainer.loop import decode_spec
@@ -50,12 +50,13 @@ def dump_rollouts(
     done = read_last_step(run_dir / METRICS) or 0
     check_folder(job.rollout_only, done)
     dtype = torch.float32 if job.rollout.dtype is EngineDtype.FLOAT32 else torch.bfloat16
-    hf_dir = prepare_initial_model(
+    hf_dir = own_initial_model(
         job.init,
         data.catalogue,
         seed=job.seed,
         dtype=dtype,
         target=run_dir / "initial",
+        resumed=done > 0,
         codebooks=data.codebooks(job),
     )
     with (
