@@ -174,7 +174,10 @@ class RlLoop(TrainingLoop):
         for rows in self._minibatches(len(completions.prompt_tokens)):
             share = _scaled(inputs.take(rows), self.job.objective.minibatches)
             parts.append(self.learners.update(completions.take(rows), share))
-        return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        return {
+            name: float((np.max if name.endswith("_max") else np.mean)([part[name] for part in parts]))
+            for name in parts[0]
+        }
 
     def _minibatches(self, prompts: int) -> Iterator[np.ndarray]:
         for _ in range(self.job.objective.updates):

@@ -246,6 +246,17 @@ def test_minibatches_let_ratios_move_and_a_reference_is_scored(world: World) -> 
     assert loop.learners.step == 3 * 2 * 4
 
 
+def test_metrics_of_minibatches_are_means_and_maxima(world: World) -> None:
+    objective = world.job.objective.model_copy(update={"minibatches": 2})
+    limits = world.job.limits.model_copy(update={"max_steps": 1})
+    loop = world.build("maxima", objective=objective, limits=limits)
+    answers = iter([{"loss": 1.0, "ratio/gap_max": 3.0}, {"loss": 2.0, "ratio/gap_max": 1.0}])
+    loop.learners.update = lambda completions, inputs: next(answers)  # type: ignore[method-assign]
+    loop.run()
+    step = host_of(loop).steps[1]
+    assert (step["loss"], step["ratio/gap_max"]) == (1.5, 3.0)
+
+
 def test_a_withheld_push_stops_the_run_within_a_step(world: World) -> None:
     settings = world.job.learner.model_copy(update={"lr": 1e-2})
     loop = world.build("withheld", learner=settings)
