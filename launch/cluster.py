@@ -9,8 +9,10 @@ process then compares the digest of the packages it imports with the driver's.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,12 +111,16 @@ def cluster(
     else:
         check_address(settings.address)
         arguments["address"] = settings.address
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**arguments)
     except (ConnectionError, ValueError) as error:
         raise RequestError(
             "cluster.address", settings.address, f"the address of a running Ray cluster ({error})"
         ) from error
+    # Ray takes SIGTERM over and ends the process at once; a run ends at its next step boundary.
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         _try_a_worker()
         yield
