@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.records import NO_ITEM, BoolArray, FloatArray, Groups, IntArray, Prompt, RewardFailure, ScoredGroups
+from reward.batch_scoring import BatchScores
 from reward.client import RewardClient
 from reward.names import StepMetric, count_by_reason
 from reward.rules import item_match, percentile, rank_penalty
@@ -60,6 +61,16 @@ class RewardScorer:
         if self.client is not None:
             metrics[StepMetric.REWARD_REQUESTS.value] = float(self.client.requests)
         return scored, metrics
+
+    def raw_scores(self, prompts: Sequence[Prompt], wanted: Sequence[IntArray]) -> BatchScores:
+        """The ranker's own scores of the wanted items after each prompt's history, for stages that compare them.
+
+        Raises:
+            ValueError: there is no ranker.
+        """
+        if self.client is None:
+            raise ValueError("raw scores were asked for, but no ranker is configured")
+        return self.client.score([prompt.history for prompt in prompts], wanted)
 
     def _ranker_part(
         self, client: RewardClient, prompts: Sequence[Prompt], item_PG: IntArray, valid_PG: BoolArray

@@ -94,6 +94,14 @@ class RewardSettings(Settings):
             )
         return self
 
+    def part_weights(self) -> dict[str, float]:
+        """Weight of each source by its name in `ScoredGroups.parts_PG`."""
+        return {
+            "item_match": self.item_match,
+            "rank_penalty": self.rank_penalty,
+            "ranker_score": self.ranker_score,
+        }
+
     @property
     def asks_ranker(self) -> bool:
         """True when a step needs the reward service."""
