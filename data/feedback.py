@@ -206,14 +206,25 @@ def write_feedback(folder: Path, table: pa.Table, *, rows_per_file: int = ROWS_P
         )
     if table["timestamp"].null_count:
         raise RequestError("feedback: timestamp", f"{table['timestamp'].null_count} rows without", "seconds, UTC")
-    day_N = table["timestamp"].to_numpy() // DAY_SECONDS
+    timestamp_N = table["timestamp"].to_numpy()
+    check_days_are_free(folder, timestamp_N)
+    day_N = timestamp_N // DAY_SECONDS
     days = {day_of(int(day) * DAY_SECONDS): np.flatnonzero(day_N == day) for day in np.unique(day_N)}
-    for day in days:
-        if (folder / f"day={day}").exists():
-            raise RequestError(str(folder / f"day={day}"), "is there already", "a day that is not in the log yet")
     for day, rows in days.items():
         _write_day(folder / f"day={day}", table.take(pa.array(rows)), rows_per_file)
     return {day: len(rows) for day, rows in days.items()}
+
+
+def check_days_are_free(folder: Path, timestamp_N: LongArray) -> None:
+    """Refuse a log that holds one of the days already; asked before the work whose rows are to be written.
+
+    Raises:
+        RequestError: names the first such day.
+    """
+    for day in np.unique(timestamp_N // DAY_SECONDS):
+        path = folder / f"day={day_of(int(day) * DAY_SECONDS)}"
+        if path.exists():
+            raise RequestError(str(path), "is there already", "a day that is not in the log yet")
 
 
 def _write_day(folder: Path, table: pa.Table, rows_per_file: int) -> None:

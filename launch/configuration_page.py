@@ -25,6 +25,7 @@ from launch.id_commands import IdsCommand
 from launch.provenance import ROOT
 from launch.run_directory import MAY_CHANGE
 from launch.setting_names import Key, is_section, keys, must_be_given
+from launch.simulate_command import SimulateCommand
 from trainer.durable import write_text
 from trainer.jobs import JOBS
 
@@ -33,11 +34,12 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "data import": ImportCommand,
     "data inspect": InspectCommand,
     "data ids": IdsCommand,
+    "data simulate": SimulateCommand,
     "eval": EvalCommand,
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
 SHARED_SECTIONS = ("rollout", "cluster")
-"""Sections of `eval` that are the ones of the jobs."""
+"""Sections of `eval` and `data simulate` that are the ones of the jobs."""
 
 HEAD = """# Configuration
 
