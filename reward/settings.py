@@ -41,6 +41,8 @@ class RewardSettings(Settings):
     """Weight of ReRe's penalty of the misses in a group that has the hit; the higher a miss ranks, the larger."""
     ranker_score: float = Field(0.0, ge=-1000, le=1000)
     """Weight of the ranker's score of the item. With 0 a ranker that is set is still asked, for the metrics."""
+    feedback: float = Field(0.0, ge=0, le=1000)
+    """Weight of the feedback reward of a log's exposed item; for objective.anchor."""
     ranker: str | None = None
     """An artefact folder written by `windlass train`, a .onnx file, or `package.module:Class`; none: no service."""
     ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
@@ -88,9 +90,9 @@ class RewardSettings(Settings):
             )
         if self.url is not None and self.ranker is not None:
             raise RequestError("reward.url", self.url, "none with reward.ranker set: the service there has its own")
-        if self.item_match == self.rank_penalty == self.ranker_score == 0:
+        if self.item_match == self.rank_penalty == self.ranker_score == self.feedback == 0:
             raise RequestError(
-                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty or ranker_score"
+                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty, ranker_score or feedback"
             )
         return self
 

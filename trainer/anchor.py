@@ -27,6 +27,8 @@ class AnchorMode(StrEnum):
     """As a further member."""
     REPLACE_LAST = "replace_last"
     """In place of the last rollout, so that the group keeps its size."""
+    FEEDBACK_ONLY = "feedback_only"
+    """Not as a member: rollouts that are the logged item get its feedback, and nothing is weighted (an ablation)."""
 
 
 class Snips(StrEnum):
@@ -53,7 +55,7 @@ class Anchor(Settings):
     """The logged recommendation of a feedback log as a group member."""
 
     mode: AnchorMode = AnchorMode.NONE
-    """none, append (a further member), or replace_last (in place of the last rollout)."""
+    """none, append (a further member), replace_last (for the last rollout), or feedback_only (rewards alone)."""
     snips: Snips = Snips.ADVANTAGE
     """Self-normalised importance weight on the anchor's advantage, its reward, or none."""
     ratio: AnchorRatio = AnchorRatio.DETACHED

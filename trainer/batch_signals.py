@@ -109,6 +109,7 @@ def batch_signals(
     scores: ScoreOutputs,
     *,
     part_weight: dict[str, float],
+    feedback_weight: float = 1.0,
     ranker: RankerScores | None = None,
     feedback: FeedbackRows | None = None,
 ) -> Signals:
@@ -128,6 +129,7 @@ def batch_signals(
         choices_PGT=torch.from_numpy(widened(scores.choices_PGT, shape)),
         part_PG={name: _padded(torch.tensor(part), slots) for name, part in scored.parts_PG.items()},
         part_weight=part_weight,
+        feedback_weight=feedback_weight,
         ranker=None if ranker is None else ranker._replace(rollout_PG=_padded(ranker.rollout_PG, slots)),
     )
     if settings.gate.kind is not GateKind.NONE:

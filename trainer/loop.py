@@ -205,6 +205,7 @@ class RlLoop(TrainingLoop):
             members,
             scores,
             part_weight=self.job.reward.part_weights(),
+            feedback_weight=self.job.reward.feedback,
             ranker=ranker,
             feedback=feedback,
         )

@@ -95,7 +95,7 @@ def objective_coefficients(
     """
     signals = signals or Signals()
     carriers = _carriers(members, settings)
-    anchors, metrics = _anchors(carriers, settings, signals, anchor_log_mean)
+    anchors, metrics = _anchors(members, settings, signals, anchor_log_mean)
     if anchors is not None:
         reward_PG = _feedback_rewards(carriers, reward_PG, settings, signals, anchors)
     advantage_PG, live_P = _advantages(carriers, reward_PG, settings, signals)
@@ -133,7 +133,7 @@ def objective_coefficients(
 def _carriers(members: Members, settings: ObjectiveSettings) -> Members:
     """The members that carry an advantage."""
     valid_PG = members.rollout_PG
-    if settings.anchor.mode is not AnchorMode.NONE:
+    if settings.anchor.mode in (AnchorMode.APPEND, AnchorMode.REPLACE_LAST):
         valid_PG = valid_PG | (members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR]))
     return Members(valid_PG=valid_PG, kind_PG=members.kind_PG, segment_PGT=members.segment_PGT)
 
@@ -143,14 +143,14 @@ def _anchor_tokens(carriers: Members) -> Tensor:
 
 
 def _anchors(
-    carriers: Members, settings: ObjectiveSettings, signals: Signals, log_mean: float | None
+    members: Members, settings: ObjectiveSettings, signals: Signals, log_mean: float | None
 ) -> tuple[_Anchors | None, dict[str, float]]:
     if settings.anchor.mode is AnchorMode.NONE:
         return None, {}
-    member_PG = carriers.valid_PG & (carriers.kind_PG == KIND_CODE[Kind.ANCHOR])
+    member_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR])
     has_P = member_PG.any(1)
     silent_P = has_P & ~needed(signals.responded_P, "responded_P")
-    logp_PG = policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
+    logp_PG = policy_scores(members, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
     weights = anchor_weights(
         logp_PG.masked_fill(~member_PG, 0.0).sum(1),
         needed(signals.anchor_logp0_P, "anchor_logp0_P"),
@@ -162,7 +162,7 @@ def _anchors(
     confidence_P = torch.zeros(len(has_P), dtype=logp_PG.dtype)
     if settings.tempering.mode is not TemperingMode.NONE:
         certainty_PG = self_certainty(
-            carriers, needed(signals.certainty_PGT, "certainty_PGT"), needed(signals.choices_PGT, "choices_PGT")
+            members, needed(signals.certainty_PGT, "certainty_PGT"), needed(signals.choices_PGT, "choices_PGT")
         )
         own_P = certainty_PG.masked_fill(~member_PG, 0.0).sum(1)
         confidence_P = confidence(own_P, silent_P, settings.tempering.scale)
@@ -185,7 +185,7 @@ def _feedback_rewards(
         matched_PG, formatted_PG, needed(signals.responded_P, "responded_P"), settings.anchor
     )
     item_PG = tempered_rewards(item_PG, matched_PG, anchors.confidence_P, anchors.silent_P, settings.tempering)
-    total_PG = reward_PG + (item_PG + format_PG).to(reward_PG.dtype)
+    total_PG = reward_PG + (item_PG + format_PG).to(reward_PG.dtype) * signals.feedback_weight
     if settings.anchor.snips is Snips.REWARD:
         total_PG = torch.where(anchors.member_PG, total_PG * anchors.weights.weight_P[:, None], total_PG)
     return total_PG

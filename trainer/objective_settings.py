@@ -127,9 +127,11 @@ class ObjectiveSettings(Settings):
                 "none without objective.anchor.mode: only rows with a logged item can lack a response",
             )
         undone = "none: one anchor against its misses has the same normalised reward whatever its size"
-        if tempered and self.tempering.on is TemperOn.REWARD and self.std_mode is not StdMode.NONE:
+        if tempered and self.tempering.target is TemperOn.REWARD and self.std_mode is not StdMode.NONE:
             raise RequestError(
-                "objective.std_mode", self.std_mode.value, f"{undone}, so objective.tempering.on reward would be lost"
+                "objective.std_mode",
+                self.std_mode.value,
+                f"{undone}, so objective.tempering.target reward would be lost",
             )
         if anchored and self.anchor.snips is Snips.REWARD and self.std_mode is not StdMode.NONE:
             raise RequestError(

@@ -31,6 +31,8 @@ class Signals:
     """Unweighted rewards by source, for the GDPO order."""
     part_weight: dict[str, float] = dataclasses.field(default_factory=dict)
     """Weight of each source."""
+    feedback_weight: float = 1.0
+    """Weight of the feedback rewards."""
     ranker: RankerScores | None = None
     """Raw ranker scores of rollouts, ground truth and cross-negatives."""
     truth_logp_P: Tensor | None = None

@@ -49,16 +49,18 @@ class Tempering(Settings):
 
     mode: TemperingMode = TemperingMode.NONE
     """none (q = 1), soften_confident (q = 1 - c), trust_confident (q = c) or additive (reward c - penalty)."""
-    on: TemperOn = TemperOn.ROW
+    target: TemperOn = TemperOn.ROW
     """Scales the row's advantages, those of the matched members, or the rewards."""
     scale: float | None = Field(None, gt=0, le=1e6)
     """Self-certainty (nats) with confidence 1 - 1/e; none takes the batch, so that the median confidence is 0.5."""
 
     @model_validator(mode="after")
     def _additive_is_a_reward(self) -> Self:
-        if self.mode is TemperingMode.ADDITIVE and self.on is not TemperOn.REWARD:
+        if self.mode is TemperingMode.ADDITIVE and self.target is not TemperOn.REWARD:
             raise RequestError(
-                "objective.tempering.on", self.on.value, "reward, because additive tempering is a term of the reward"
+                "objective.tempering.target",
+                self.target.value,
+                "reward, because additive tempering is a term of the reward",
             )
         return self
 
@@ -129,7 +131,7 @@ def tempered_rewards(
     tempering: Tempering,
 ) -> Float[Tensor, "P G"]:
     """Item rewards of the no-response rows, scaled or with the confidence added to a match; others as they are."""
-    if tempering.on is not TemperOn.REWARD or tempering.mode is TemperingMode.NONE:
+    if tempering.target is not TemperOn.REWARD or tempering.mode is TemperingMode.NONE:
         return reward_PG
     on_PG = matched_PG & rows_P[:, None]
     if tempering.mode is TemperingMode.ADDITIVE:
@@ -142,7 +144,7 @@ def tempering_multipliers(
 ) -> Float[Tensor, "P G"]:
     """Factors of the advantages; 1 where nothing is tempered or where the reward is."""
     ones_PG = torch.ones(matched_PG.shape, dtype=confidence_P.dtype, device=confidence_P.device)
-    if tempering.on is TemperOn.REWARD:
+    if tempering.target is TemperOn.REWARD:
         return ones_PG
     factor_PG = row_factors(confidence_P, rows_P, tempering.mode)[:, None] * ones_PG
-    return factor_PG if tempering.on is TemperOn.ROW else torch.where(matched_PG, factor_PG, ones_PG)
+    return factor_PG if tempering.target is TemperOn.ROW else torch.where(matched_PG, factor_PG, ones_PG)

@@ -48,8 +48,6 @@ class Negatives(StrEnum):
     """Beam search: the hardest ones."""
     SAMPLE = "sample"
     """Samples of the policy."""
-    RANDOM = "random"
-    """Uniform draws from the permitted items replace the misses of the rollouts."""
 
 
 class Window(Settings):
@@ -66,7 +64,7 @@ class Window(Settings):
     rank_map: RankMap = RankMap.RAW
     """Distances of ranks as they are (raw) or of log2(rank + 1) (log2)."""
     negatives: Negatives = Negatives.BEAM
-    """Source of the negatives: beam or sample (as rollout.decode says), or random items of the catalogue."""
+    """Source of the negatives: beam (the hardest) or sample; it must agree with rollout.decode."""
 
 
 class WindowWeights(NamedTuple):

@@ -373,7 +373,7 @@ def test_absent_signals_are_a_mistake_and_told() -> None:
         ({"policy_weight": 0.0}, "objective.policy_weight", "nothing would train"),
         ({"tempering": {"mode": "trust_confident"}}, "objective.tempering.mode", "only rows with a logged item"),
         (
-            {"anchor": {"mode": "append"}, "tempering": {"mode": "trust_confident", "on": "reward"}},
+            {"anchor": {"mode": "append"}, "tempering": {"mode": "trust_confident", "target": "reward"}},
             "objective.std_mode",
             "would be lost",
         ),

@@ -113,19 +113,19 @@ def test_targets_of_the_factor() -> None:
     mode = TemperingMode.SOFTEN_CONFIDENT
     row = tempering_multipliers(matched, certain, rows, Tempering(mode=mode))
     assert row.tolist() == [[0.75, 0.75], [1, 1]]
-    one = tempering_multipliers(matched, certain, rows, Tempering(mode=mode, on=TemperOn.MATCHED))
+    one = tempering_multipliers(matched, certain, rows, Tempering(mode=mode, target=TemperOn.MATCHED))
     assert one.tolist() == [[0.75, 1], [1, 1]]
     reward = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
-    tempering = Tempering(mode=mode, on=TemperOn.REWARD)
+    tempering = Tempering(mode=mode, target=TemperOn.REWARD)
     assert tempering_multipliers(matched, certain, rows, tempering).tolist() == [[1, 1], [1, 1]]
     assert tempered_rewards(reward, matched, certain, rows, tempering).tolist() == [[-0.75, 0.0], [1.0, 0.0]]
-    additive = Tempering(mode=TemperingMode.ADDITIVE, on=TemperOn.REWARD)
+    additive = Tempering(mode=TemperingMode.ADDITIVE, target=TemperOn.REWARD)
     assert tempered_rewards(reward, matched, certain, rows, additive).tolist() == [[-0.75, 0.0], [1.0, 0.0]]
     assert torch.equal(tempered_rewards(reward, matched, certain, rows, Tempering(mode=mode)), reward)
 
 
 def test_additive_belongs_to_the_reward() -> None:
-    with pytest.raises(RequestError, match=r"objective.tempering.on: row; legal: reward, because"):
+    with pytest.raises(RequestError, match=r"objective.tempering.target: row; legal: reward, because"):
         Tempering(mode=TemperingMode.ADDITIVE)
 
 
@@ -139,6 +139,6 @@ def test_scaling_the_row_equals_scaling_the_reward_without_a_deviation(c: float,
     mode = TemperingMode.SOFTEN_CONFIDENT
     plain, _ = group_advantages(everyone, reward, StdMode.NONE, 1e-4)
     by_row = plain * tempering_multipliers(matched, certain, rows, Tempering(mode=mode))
-    scaled = tempered_rewards(reward, matched, certain, rows, Tempering(mode=mode, on=TemperOn.REWARD))
+    scaled = tempered_rewards(reward, matched, certain, rows, Tempering(mode=mode, target=TemperOn.REWARD))
     by_reward, _ = group_advantages(everyone, scaled, StdMode.NONE, 1e-4)
     torch.testing.assert_close(by_row, by_reward, rtol=0, atol=1e-12)
