@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
         summary="serve a policy over held-out contexts to get a feedback log",
         answers=True,
     ),
+    "data bandit": Command(
+        target="launch.bandit_command:bandit_command",
+        summary="the Open Bandit sample as a feedback log",
+        answers=True,
+    ),
     "train": Command(
         target="launch.train_arguments:train_command",
         summary="run a recipe (sft, rl, ranker); resumes by itself from the run directory",

@@ -18,6 +18,7 @@ import tyro
 from pydantic import BaseModel
 
 from data.errors import RequestError
+from launch.bandit_command import BanditCommand
 from launch.config import default_words
 from launch.data_commands import ImportCommand, InspectCommand
 from launch.eval_command import EvalCommand
@@ -35,6 +36,7 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "data inspect": InspectCommand,
     "data ids": IdsCommand,
     "data simulate": SimulateCommand,
+    "data bandit": BanditCommand,
     "eval": EvalCommand,
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
