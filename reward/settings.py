@@ -32,6 +32,15 @@ class RankerTransform(StrEnum):
     """Share of the other distinct items of the group that score lower (half for ties), in 0 to 1."""
 
 
+class InvalidScore(StrEnum):
+    """The ranker score of a completion that is no item of the catalogue."""
+
+    LOWEST = "lowest"
+    """The lowest of its group."""
+    BELOW_LOWEST = "below_lowest"
+    """The lowest of its group minus one standard deviation of the group (AdaGRPO)."""
+
+
 class RewardSettings(Settings):
     """Rewards and the service that scores. The reward of a completion is the weighted sum of its sources."""
 
@@ -49,6 +58,8 @@ class RewardSettings(Settings):
     """Keyword arguments for a ranker class or an .onnx file."""
     ranker_transform: RankerTransform = RankerTransform.RAW
     """raw, sigmoid, or percentile (within the group)."""
+    invalid_score: InvalidScore = InvalidScore.LOWEST
+    """Ranker score of a completion that is no item: lowest of the group, or below_lowest by one deviation."""
     transport: Transport = Transport.HANDLE
     """How the loop calls the service: handle or http."""
     url: str | None = Field(None, pattern=r"^https?://")
