@@ -235,7 +235,7 @@ def _write_interactions(
         split = chronological(times, rules.ratios)
         parts = np.histogram(times, [-np.inf, split.valid_from, split.test_from, np.inf])[0]
     elif parts.min() == 0:
-        raise RequestError("split", "no user with three events", "leave_one_out needs one")
+        raise RequestError("split", "no user with four events", "leave_one_out needs one, for three targets")
     counts = {name: int(count) for name, count in zip(("train", "valid", "test"), parts, strict=True)}
     return _Written(
         events=events, users=users, kept_items=kept_items, split=split, rows=counts, digest=digest.hexdigest()

@@ -6,6 +6,7 @@ title, ...)`; where no event has a time, a column `pos` orders the events of eac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def common_folder(path: Path) -> Source:
     columns, unit = ColumnNames(), TimeUnit.SECONDS
     if "pos" in parquet_schema(events).names and _without_time(events):
         columns, unit = ColumnNames(timestamp="pos"), TimeUnit.ORDER
-    return table(events, items, columns, unit, description=path.name)
+    return dataclasses.replace(table(events, items, columns, unit, description=path.name), name=path.resolve().name)
 
 
 def item_attributes(path: Path, columns: ColumnNames) -> pa.Schema:

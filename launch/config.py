@@ -22,7 +22,7 @@ from data.errors import RequestError
 from data.settings import Settings
 from launch.setting_names import Key, field_at, is_section, keys, kind, near_misses
 from reward.artefact import DESCRIPTION, RankerArtefact
-from reward.service import check_service
+from reward.service import check_port, check_service
 from trainer.checkpoints import model_folder
 from trainer.group_dump import dumped_steps
 from trainer.jobs import JOBS, PRESETS, Job, JobSettings, PolicyJobSettings, RlJob
@@ -297,6 +297,9 @@ def check_rl_paths(job: RlJob) -> None:
         RequestError: a ranker, a dump or a folder that is not there or not usable.
     """
     check_service(job.reward)
+    if job.cluster.address is None and job.reward.ranker is not None and job.reward.port:
+        # In a cluster that is up, Ray Serve may rightly be there already.
+        check_port(job.reward.host, job.reward.port)
     check_ranker_data(job)
     if job.train_only is not None:
         dumped_steps(job.train_only)

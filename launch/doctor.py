@@ -129,7 +129,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _memory,
     _shared_memory,
     _disk,
-    _tool("g++", "DeepSpeed compiles an operator (Debian: build-essential)"),
+    _tool("g++", "torch and DeepSpeed build extensions with it (Debian: build-essential)"),
     _library("torch", "torch", required=True, mend="make setup"),
     _library("vllm", "vllm", required=True, mend="make setup"),
     _library("deepspeed", "deepspeed", required=True, mend="make setup"),

@@ -103,6 +103,8 @@ def measure(
 ) -> None:
     """Run the commands of the rows that miss a result, saving after each, until `deadline`."""
     table = read_table(path)
+    # Once, before the first row is saved: the table itself is part of the checkout.
+    state = commit()
     answers: dict[tuple[str, ...], tuple[Mapping[str, Any], float]] = {}
     for row in table["rows"]:
         if "command" not in row or (row.get("result") is not None and not again):
@@ -117,7 +119,6 @@ def measure(
             answers[command] = runner(row["command"]), round(now() - started, 1)
         answer, row["seconds"] = answers[command]
         row["result"] = kept_part(path, row, answer)
-        state = commit()
         row["commit"] = f"{state['commit']} with changes" if state["dirty"] else state["commit"]
         write_text(path, json.dumps(table, indent=1) + "\n")
 

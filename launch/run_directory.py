@@ -29,7 +29,13 @@ from trainer.jobs import Job
 FORMAT = 1
 MAY_CHANGE = (
     "limits",
-    "evaluation",
+    # Not its rows, cut-offs (the largest is the width of the beams) and metric: the best checkpoint of the run is
+    # selected among scores from before and after.
+    "evaluation.every",
+    "evaluation.batch",
+    "evaluation.unconstrained_rows",
+    "evaluation.test_rows",
+    "evaluation.test_unconstrained_rows",
     "early_stopping",
     "checkpoints",
     "tracking",

@@ -15,7 +15,7 @@ from launch.demo import Plan, run_demo
 FEW = ("--evaluation.rows", "32", "--evaluation.test-rows", "64", "--evaluation.test-unconstrained-rows", "16")
 OVERRIDES = {
     "*": (*FEW, "--evaluation.every", "0", "--checkpoints.interval", "10"),
-    "sasrec": ("--ranker.kind", "cooccurrence", "--evaluation.rows", "100"),
+    "sasrec": ("--limits.max_steps", "30", "--evaluation.rows", "100"),
     "sft": ("--limits.max_steps", "20", "--learner.warmup_steps", "5"),
     "rl": ("--limits.max_steps", "3", "--batch_prompts", "32", "--rollout.shard_size", "16"),
 }
@@ -32,6 +32,7 @@ def smoke_command(run_dir: Path | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="windlass-smoke-") as folder:
         smoke(Path(folder))
+        print("smoke: the folder was temporary; --run-dir DIR keeps one")
     return 0
 
 

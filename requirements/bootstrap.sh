@@ -25,7 +25,7 @@ fi
     fail "PYTHON=$python is not Python 3.11: $("$python" --version 2>&1 || true)"
 "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || fail "$python lacks the venv module (Debian: python3.11-venv)"
 for tool in gcc g++; do
-    command -v "$tool" >/dev/null 2>&1 || fail "no $tool on the path; DeepSpeed compiles an operator (Debian: build-essential)"
+    command -v "$tool" >/dev/null 2>&1 || fail "no $tool on the path; torch and DeepSpeed build extensions with it (Debian: build-essential)"
 done
 need_gib=$([ "$kind" = cuda ] && echo 20 || echo 7)
 free_gib=$(df -Pk . | awk 'NR==2 {print int($4/1048576)}')

@@ -88,7 +88,8 @@ def build_app(
     async def _metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
-    return BodyLimit(BearerToken(app, token), max_body_bytes)
+    # Who has no token gets no memory either: nothing of the body is read before the token is.
+    return BearerToken(BodyLimit(app, max_body_bytes), token)
 
 
 class BearerToken:

@@ -75,8 +75,8 @@ class StepMetric(StrEnum):
     """Prefix of the mean of each source, unweighted: reward/part/item_match."""
     REWARD_FAIL = "reward_fail"
     """Prefix of the failed groups by reason: reward_fail/timeout."""
-    REWARD_REQUESTS = "reward/requests"
-    """Calls of the reward service since the start, attempts included."""
+    REWARD_REQUESTS = "system/reward_requests"
+    """Calls of the reward service since this start, attempts included: a continued run counts anew."""
 
 
 def at(metric: RankingMetric | PairwiseMetric | ExposureMetric | str, k: int) -> str:

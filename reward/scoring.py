@@ -27,8 +27,14 @@ RANKER_SCORE = "ranker_score"
 class RewardScorer:
     """Scores the groups of a step."""
 
-    def __init__(self, settings: RewardSettings, client: RewardClient | None) -> None:
-        """`client` reaches the ranker; None without one.
+    def __init__(
+        self, settings: RewardSettings, client: RewardClient | None, *, path_id_I: IntArray | None = None
+    ) -> None:
+        """
+        Args:
+            client: reaches the ranker; None without one.
+            path_id_I: [n_items] a number per item that items with the same token path share. A completion is a path:
+                it matches a ground truth that shares it. None where no two items share one.
 
         Raises:
             ValueError: the settings want a ranker and there is no client.
@@ -37,14 +43,18 @@ class RewardScorer:
             raise ValueError("a ranker is configured but there is no client of the reward service")
         self.settings = settings
         self.client = client if settings.asks_ranker else None
+        self._path_id_I = path_id_I
 
     def score(self, prompts: Sequence[Prompt], groups: Groups) -> tuple[ScoredGroups, dict[str, float]]:
         """Rewards of the groups (of the same prompts, in the same order), and the step's metrics."""
         target_P = np.array([prompt.target for prompt in prompts], dtype=np.int32)
         valid_PG, item_PG = groups.valid_PG, groups.item_PG
+        excluded_P = np.array([prompt.target in prompt.exclusions for prompt in prompts], dtype=np.bool_)
+        matched_PG = self._paths(item_PG)
+        wanted_P = np.where(excluded_P, NO_ITEM, self._paths(target_P))
         parts = {
-            ITEM_MATCH: item_match(item_PG, target_P, valid_PG),
-            RANK_PENALTY: rank_penalty(item_PG, target_P, valid_PG),
+            ITEM_MATCH: item_match(matched_PG, wanted_P, valid_PG),
+            RANK_PENALTY: rank_penalty(matched_PG, wanted_P, valid_PG),
         }
         weights = {ITEM_MATCH: self.settings.item_match, RANK_PENALTY: self.settings.rank_penalty}
         failure_P = np.full(len(prompts), RewardFailure.NONE.value, dtype="U16")
@@ -71,6 +81,13 @@ class RewardScorer:
         if self.client is None:
             raise ValueError("raw scores were asked for, but no ranker is configured")
         return self.client.score([prompt.history for prompt in prompts], wanted)
+
+    def _paths(self, item: IntArray) -> IntArray:
+        """What is compared: the items, or the number of their path."""
+        if self._path_id_I is None:
+            return item
+        known = (item >= 0) & (item < len(self._path_id_I))
+        return np.where(known, self._path_id_I[np.where(known, item, 0)], NO_ITEM)
 
     def _ranker_part(
         self, client: RewardClient, prompts: Sequence[Prompt], item_PG: IntArray, valid_PG: BoolArray

@@ -93,8 +93,9 @@ class RewardService:
         try:
             service._handle = serve.run(deployment, name=app_name, route_prefix=prefix, logging_config=_quiet())
         except RuntimeError as error:
+            why = _why_not(app_name) or str(error)
             service.close()
-            raise RunError(f"the reward service did not start: {' '.join(str(error).split())}") from error
+            raise RunError(f"the reward service did not start: {' '.join(why.split())}") from error
         return service
 
     def client(self) -> RewardClient:
@@ -169,6 +170,16 @@ def _serve_at(settings: RewardSettings) -> tuple[str, int]:
     check_port(host, port)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_quiet())
     return host, port
+
+
+def _why_not(app_name: str) -> str:
+    """The last line that a deployment says about its failure: the error of the ranker's constructor. Empty: none."""
+    from ray import serve
+
+    application = serve.status().applications.get(app_name)
+    told = [] if application is None else [d.message for d in application.deployments.values()]
+    lines = [line.strip() for message in told for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _quiet() -> Any:

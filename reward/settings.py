@@ -45,7 +45,7 @@ class RewardSettings(Settings):
     """Rewards and the service that scores. The reward of a completion is the weighted sum of its sources."""
 
     item_match: float = Field(1.0, ge=-1000, le=1000)
-    """Weight of 1 for a completion that is the ground truth item, 0 otherwise."""
+    """Weight of 1 for a completion that is the ground truth item (or shares its path), 0 otherwise."""
     rank_penalty: float = Field(1.0, ge=-1000, le=1000)
     """Weight of ReRe's penalty of the misses in a group that has the hit; the higher a miss ranks, the larger."""
     ranker_score: float = Field(0.0, ge=-1000, le=1000)

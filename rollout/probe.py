@@ -118,12 +118,13 @@ def _summary(difference: np.ndarray) -> Gap:
     return Gap(mean=float(difference.mean()), max=float(difference.max()), tokens=difference.size)
 
 
-def gap_limit(dtype: str, noise: Gap | None) -> Gap:
+def gap_limit(dtype: str, noise: Gap | None, factor: float = NOISE_FACTOR) -> Gap:
     """Largest permitted gap.
 
     Args:
         dtype: the shorter of the types that engine and learner compute in.
         noise: the learner's own gap to float32; needed unless dtype is float32.
+        factor: multiple of the noise that is permitted.
 
     Raises:
         ValueError: a shorter type without the noise.
@@ -132,7 +133,7 @@ def gap_limit(dtype: str, noise: Gap | None) -> Gap:
         return Gap(mean=FLOAT32_GAP, max=FLOAT32_GAP)
     if noise is None:
         raise ValueError(f"the limit of the policy gap in {dtype} needs the learner's noise")
-    return Gap(mean=NOISE_FACTOR * noise.mean, max=NOISE_FACTOR * noise.max)
+    return Gap(mean=factor * noise.mean, max=factor * noise.max)
 
 
 def check_gap(gap: Gap, limit: Gap, what: str) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data.errors import RequestError
 from data.records import Decode, DecodeSpec, Groups, Prompt, ScoredGroups
+from trainer.durable import sync_file
 
 FORMAT: Final = 1
 _METADATA: Final = b"windlass.groups"
@@ -44,8 +45,7 @@ def dumped_steps(folder: Path) -> list[int]:
     Raises:
         RequestError: there is none.
     """
-    names = [path.stem.removeprefix("step-") for path in folder.glob("step-*.parquet")]
-    steps = sorted(int(name) for name in names if name.isdecimal())
+    steps = steps_in(folder)
     absent = [step for step in range(1, steps[-1]) if step not in steps] if steps else []
     if absent:
         # A dump is a sequence of steps: training on what is left of one would pass for training on all of it.
@@ -53,6 +53,12 @@ def dumped_steps(folder: Path) -> list[int]:
     if not steps:
         raise RequestError("train_only", f"{folder} holds no step-*.parquet", "a folder that --rollout-only wrote")
     return steps
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that lie in a folder, in order; none where there is no folder."""
+    names = [path.stem.removeprefix("step-") for path in folder.glob("step-*.parquet")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: ScoredGroups) -> None:
@@ -84,7 +90,9 @@ def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: Score
     temporary = path.with_suffix(".tmp")
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(head)})
     pq.write_table(table, temporary, compression="zstd")
+    sync_file(temporary)
     temporary.rename(path)
+    sync_file(folder)
 
 
 def read_step(folder: Path, step: int, catalogue_digest: str) -> tuple[list[Prompt], ScoredGroups]:

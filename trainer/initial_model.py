@@ -7,6 +7,7 @@ catalogue inside. Engines and learners start from the same folder, so both sides
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,43 @@ def prepare_initial_model(
     folder = open_model(Path(init))
     check_fits(folder, catalogue)
     return folder
+
+
+def own_initial_model(
+    init: str,
+    catalogue: Catalogue,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    target: Path,
+    resumed: bool,
+    codebooks: Sequence[FloatArray] | None = None,
+) -> Path:
+    """The initial model of a run, kept in `target`, which is returned: a continued run finds its own there.
+
+    What `init` names may change or go meanwhile: another checkpoint of a run becomes its best one, old ones are
+    removed. Files are linked where the file system can, else copied. The other arguments are those of
+    `prepare_initial_model`.
+
+    Raises:
+        RequestError: as `prepare_initial_model`.
+    """
+    if resumed and (target / "config.json").is_file():
+        check_fits(target, catalogue)
+        return target
+    found = prepare_initial_model(init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks)
+    if found != target:
+        if target.exists():
+            shutil.rmtree(target)
+        shutil.copytree(found, target, copy_function=_link_or_copy)
+    return target
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def check_fits(folder: Path, catalogue: Catalogue) -> None:

@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from data.errors import RunError
+from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.feed import Feed
 from data.feedback import Anchors
@@ -43,7 +43,7 @@ from trainer.batch_signals import (
 )
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
-from trainer.group_dump import dumped_steps, read_step
+from trainer.group_dump import dumped_steps, read_step, step_path
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup, ScoreOutputs
 from trainer.losses import UpdateInputs
@@ -149,7 +149,9 @@ class RlLoop(TrainingLoop):
             noise = self.learners.noise(completions, self.job.rollout.temperature)
             self.state = dataclasses.replace(self.state, noise=noise)
         measured = None if self.state.noise is None else Gap(mean=self.state.noise["mean"], max=self.state.noise["max"])
-        limit = gap_limit(dtype, measured) if settings.limit is None else Gap(mean=settings.limit, max=torch.inf)
+        limit = gap_limit(dtype, measured, settings.noise_factor)
+        if settings.limit is not None:
+            limit = Gap(mean=settings.limit, max=torch.inf)
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
@@ -244,7 +246,10 @@ class RlLoop(TrainingLoop):
         for rows in self._minibatches(len(completions.prompt_tokens)):
             share = _scaled(inputs.take(rows), self.job.objective.minibatches)
             parts.append(self.learners.update(completions.take(rows), share))
-        return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        return {
+            name: float((np.max if name.endswith("_max") else np.mean)([part[name] for part in parts]))
+            for name in parts[0]
+        }
 
     def _minibatches(self, prompts: int) -> Iterator[np.ndarray]:
         for _ in range(self.job.objective.updates):
@@ -274,8 +279,23 @@ class ReplayLoop(RlLoop):
 
     def collect(self, step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
         """The groups of the next dump."""
-        prompts, scored = read_step(self.folder, self._steps[step - 1], self.catalogue_digest)
+        number = self._steps[step - 1]
+        prompts, scored = read_step(self.folder, number, self.catalogue_digest)
+        self._check_fits(step_path(self.folder, number), scored.groups)
         return prompts, scored, reward_metrics(scored) | {"epoch": self.epochs(), "prompts": float(len(prompts))}
+
+    def _check_fits(self, path: Path, groups: Groups) -> None:
+        """Refuse groups that the job's settings would train as something else than they are.
+
+        Raises:
+            RequestError: another temperature, or groups that the minibatches do not divide.
+        """
+        asked, found = self.job.rollout.temperature, groups.spec.temperature
+        if found != asked:
+            raise RequestError("rollout.temperature", asked, f"{found}, with which {path} was decoded")
+        size, parts = groups.shape[0], self.job.objective.minibatches
+        if size % parts:
+            raise RequestError("objective.minibatches", parts, f"a divisor of {size}, the groups in {path}")
 
 
 def decode_spec(job: RlJob, step: int) -> DecodeSpec:

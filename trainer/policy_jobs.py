@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.catalogue import Catalogue
 from data.dataset import Samples
 from data.feed import Feed
 from data.feedback import Anchors
@@ -22,6 +23,7 @@ from reward.scoring import RewardScorer
 from reward.service import RewardService
 from trainer.anchor import Snips
 from trainer.checkpoints import read_manifest
+from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
 from trainer.loop import ReplayLoop, RlLoop
@@ -53,7 +55,15 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
     total = total_steps(job, feed.batches_per_epoch)
     with policy_run(job, data, run_dir, interruption, total_steps=total, headline=SFT_HEADLINE) as run:
         _restore_cursor(run, feed)
-        loop = SftLoop(settings=job, job=job, host=run, state=run.state, feed=feed, learners=run.learners)
+        loop = SftLoop(
+            settings=job,
+            job=job,
+            host=run,
+            state=run.state,
+            resumed=run.resumed,
+            feed=feed,
+            learners=run.learners,
+        )
         reason = loop.run()
         test = test_best(run, interrupted=reason == "interrupted")
         return summary(run, loop, reason, time.monotonic() - begun) | test
@@ -72,9 +82,11 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     check_batch(job, len(samples))
     feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
     if job.rollout_only is not None:
-        with reward_scorer(job) as (rewards, _):
-            return dump_rollouts(job, data, feed, rewards, run_dir, interruption)
-    total = total_steps(job, feed.batches_per_epoch) * job.objective.updates * job.objective.minibatches
+        with reward_scorer(job, data.catalogue) as (rewards, _):
+            steps = planned_steps(job, feed.batches_per_epoch)
+            return dump_rollouts(job, data, feed, rewards, run_dir, interruption, steps=steps)
+    batches = feed.batches_per_epoch if job.train_only is None else len(dumped_steps(job.train_only))
+    total = total_steps(job, batches)
     with ExitStack() as stack:
         run = stack.enter_context(
             policy_run(
@@ -82,12 +94,13 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
                 data,
                 run_dir,
                 interruption,
-                total_steps=total,
+                total_steps=total if job.train_only is None else min(total, batches),
+                updates_per_step=job.objective.updates * job.objective.minibatches,
                 headline=RL_HEADLINE,
                 with_fleet=job.train_only is None,
             )
         )
-        rewards, service = stack.enter_context(reward_scorer(job))
+        rewards, service = stack.enter_context(reward_scorer(job, data.catalogue))
         _restore_cursor(run, feed)
         tracker = FailureTracker(job.reward)
         if run.state.failures:
@@ -97,6 +110,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "job": job,
             "host": run,
             "state": run.state,
+            "resumed": run.resumed,
             "feed": feed,
             "learners": run.learners,
             "tracker": tracker,
@@ -136,25 +150,32 @@ def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
 
 
 @contextmanager
-def reward_scorer(job: RlJob) -> Iterator[tuple[RewardScorer, RewardService | None]]:
+def reward_scorer(job: RlJob, catalogue: Catalogue) -> Iterator[tuple[RewardScorer, RewardService | None]]:
     """The scorer of a job, with its service when a ranker is asked."""
+    # A retired item is nobody's ground truth: that an active one has its path does not make it one.
+    path_id_I = np.where(catalogue.active, catalogue.path_id, NO_ITEM)
     if not job.reward.asks_ranker:
-        yield RewardScorer(job.reward, None), None
+        yield RewardScorer(job.reward, None, path_id_I=path_id_I), None
         return
     service = RewardService.start(job.reward)
     try:
-        yield RewardScorer(job.reward, service.client()), service
+        yield RewardScorer(job.reward, service.client(), path_id_I=path_id_I), service
     finally:
         service.close()
 
 
 def total_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
-    """Steps the job takes if nothing ends it early: the length of the learning-rate schedule."""
+    """Steps the learning-rate schedule spans, at least one."""
+    return max(1, planned_steps(job, batches_per_epoch))
+
+
+def planned_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
+    """Steps the job takes if nothing ends it early."""
     limits = job.limits
     by_epochs = None if limits.max_epochs is None else math.ceil(limits.max_epochs * batches_per_epoch)
     known = [steps for steps in (limits.max_steps, by_epochs) if steps is not None]
     # Limited by time alone: the schedule spans one epoch and stays at its end.
-    return max(1, min(known)) if known else batches_per_epoch
+    return min(known) if known else batches_per_epoch
 
 
 def _restore_cursor(run: PolicyRun, feed: Feed | WindowFeed) -> None:

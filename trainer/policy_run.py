@@ -25,7 +25,7 @@ from rollout.peers import RayPeer
 from rollout.probe import item_probe
 from trainer.checkpoints import CheckpointStore, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
-from trainer.initial_model import prepare_initial_model
+from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
@@ -59,6 +59,8 @@ class PolicyRun:
     interruption: Interruption
     state: RunState
     """Where the run begins: fresh, or from its newest checkpoint."""
+    resumed: bool
+    """Whether it begins from a checkpoint."""
     hf_dir: Path
     """The initial model."""
     _scored: tuple[int, float] | None = None
@@ -147,6 +149,7 @@ def policy_run(
     *,
     total_steps: int,
     headline: tuple[str, ...],
+    updates_per_step: int = 1,
     with_fleet: bool = True,
 ) -> Iterator[PolicyRun]:
     """Start the parts of a job in the connected Ray cluster, continue from the newest checkpoint, end them all.
@@ -156,8 +159,9 @@ def policy_run(
         data: what it reads.
         run_dir: the run's folder.
         interruption: asked between steps.
-        total_steps: length of the learning-rate schedule.
+        total_steps: steps that the learning-rate schedule spans.
         headline: metrics that progress shows.
+        updates_per_step: optimiser steps that a step takes.
         with_fleet: whether engines are started (not for training from a dump).
 
     Raises:
@@ -171,19 +175,26 @@ def policy_run(
         open_checkpoint(newest, data.facts)
         state = RunState.load(newest)
     # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
-    hf_dir = prepare_initial_model(
+    hf_dir = own_initial_model(
         job.init,
         data.catalogue,
         seed=job.seed,
         dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
         target=run_dir / "initial",
+        resumed=newest is not None,
         codebooks=data.codebooks(job),
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     check_cpus(job, with_fleet=with_fleet)
     with ExitStack() as stack:
         learners, fleet = start_parts(
-            job, data, hf_dir, stack, total_steps=total_steps, reference=reference, with_fleet=with_fleet
+            job,
+            data,
+            hf_dir,
+            stack,
+            total_steps=total_steps * updates_per_step,
+            reference=reference,
+            with_fleet=with_fleet,
         )
         channel = None if fleet is None else weight_channel(job, data, learners, fleet)
         if newest is not None:
@@ -212,6 +223,7 @@ def policy_run(
             run_log=run_log,
             interruption=interruption,
             state=state,
+            resumed=newest is not None,
             hf_dir=hf_dir,
         )
 

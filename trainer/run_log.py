@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -161,6 +162,10 @@ def reproducible(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _event_writer(folder: Path, resumed_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    # TensorBoard reads the files in the order of their names, which begin with the second they were made in: a file of
+    # the same second as the one before could be read first, and would then be cut back by it.
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
     # TensorBoard hides earlier events from purge_step on, which is its way of cutting back.
     return SummaryWriter(str(folder), purge_step=0 if resumed_step is None else resumed_step + 1)
 

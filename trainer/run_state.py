@@ -30,6 +30,8 @@ class RunState:
     best_step: int | None = None
     """Its step; 0 is the initial model, which is a candidate like every other."""
     evaluations_without_rise: int = 0
+    risen_to: float | None = None
+    """Score of the last rise that counted for early stopping; none means the best score."""
     cursor: dict[str, Any] = field(default_factory=dict)
     """Position of the feed, with the fingerprint of its dataset."""
     failures: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +67,16 @@ class RunState:
             raise RequestError(str(path), f"is damaged ({error})", legal) from error
 
     def evaluated(self, score: float, min_improvement: float) -> Self:
-        """The state after an evaluation of the current step."""
-        if self.best_score is None or score > self.best_score + min_improvement:
-            return replace(self, best_score=score, best_step=self.step, evaluations_without_rise=0)
-        return replace(self, evaluations_without_rise=self.evaluations_without_rise + 1)
+        """The state after an evaluation of the current step.
+
+        The best step is the one with the largest score, as among the checkpoints; `min_improvement` concerns patience.
+        """
+        best = self.best_score is None or score > self.best_score
+        state = replace(self, best_score=score, best_step=self.step) if best else self
+        before = self.best_score if self.risen_to is None else self.risen_to
+        if before is None or score > before + min_improvement:
+            return replace(state, risen_to=score, evaluations_without_rise=0)
+        return replace(state, risen_to=before, evaluations_without_rise=self.evaluations_without_rise + 1)
 
 
 def limit_met(

@@ -73,10 +73,14 @@ class WindowFeed:
     def load_state_dict(self, state: dict[str, int | str]) -> str | None:
         """Continue from a cursor; returns a message when it is of other data and the feed starts anew."""
         own = self.state_dict()
-        differing = [key for key in ("fingerprint", "batch_rows", "seed") if state.get(key) != own[key]]
+        differing = [
+            f"{key} {state.get(key)!r} became {own[key]!r}"
+            for key in ("fingerprint", "batch_rows", "seed")
+            if state.get(key) != own[key]
+        ]
         if differing:
             self.epoch = self.batch = 0
-            return f"the data cursor starts anew: {', '.join(differing)} differ from the checkpoint's"
+            return f"the data cursor starts anew: {', '.join(differing)}"
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self._windows = None
         return None

@@ -50,6 +50,8 @@ class TrainingLoop(abc.ABC):
     settings: PolicyJobSettings
     host: Host
     state: RunState
+    resumed: bool = False
+    """Whether `state` comes from a checkpoint; that of step 0 is one as well."""
     timer: PhaseTimer = dataclasses.field(default_factory=PhaseTimer)
     _saved: int | None = None
 
@@ -82,8 +84,8 @@ class TrainingLoop(abc.ABC):
             self._save()
 
     def _begin(self) -> None:
-        """Bring the fleet to the learners' weights; evaluate and keep the initial model."""
-        if self.state.step:
+        """Bring the fleet to the learners' weights; evaluate and keep the initial model, unless that is done."""
+        if self.resumed:
             self._saved = self.state.step
             if self.pushes_every_step:
                 self.host.push(self.state.step)
@@ -99,15 +101,23 @@ class TrainingLoop(abc.ABC):
 
     def _settle(self, metrics: Metrics) -> None:
         """End a step: evaluate when it is due, write its metrics, keep a checkpoint when one is due."""
+        # The time of the step counts before it is asked whether the step was the last one.
+        times = self._time_spent()
         evaluation_due = self._evaluation_due()
         if evaluation_due:
             metrics |= self._evaluate()
-        times = self.timer.take()
-        self.state = dataclasses.replace(self.state, elapsed_s=self.state.elapsed_s + times["time/step"])
+            evaluating = self._time_spent()
+            times = {name: times.get(name, 0.0) + evaluating.get(name, 0.0) for name in times | evaluating}
         self.host.log(self.state.step, metrics | times)
         fault_point("step")
         if evaluation_due or self.state.step % self.settings.checkpoints.interval == 0:
             self._save()
+
+    def _time_spent(self) -> dict[str, float]:
+        """Seconds by phase since the last call, which the run has then spent."""
+        times = self.timer.take()
+        self.state = dataclasses.replace(self.state, elapsed_s=self.state.elapsed_s + times["time/step"])
+        return times
 
     def _evaluation_due(self) -> bool:
         every = self.settings.evaluation.every

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,16 @@ def refused(answer: tuple[int, str], words: str) -> None:
 )
 def test_wrong_requests(call: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
     refused(call("train", "rl.yaml", "--run-dir", tmp_path / "run", *arguments), words)
+
+
+def test_a_port_that_is_taken(call: Run, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ["--reward.ranker", "tests.reward.rankers:PlainRanker", "--reward.port", port]
+        answer = call("train", "rl.yaml", "--run-dir", tmp_path / "run", *arguments)
+    refused(answer, f"reward.port: 127.0.0.1:{port} (Address already in use); legal: a free port, or 0")
 
 
 def test_the_recipe_they_are_changes_of_is_accepted(call: Run, tmp_path: Path) -> None:
@@ -526,7 +537,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world: Path, tmp_path: 
         ),
         (["--reward.ranker", "hostile:Dying", "--reward.retries", "0"], "step 2: 8 of 8 groups have no reward", 1),
         (["--reward.url", "http://127.0.0.1:1"], "step 1: 8 of 8 groups have no reward (8 unavailable)", 0),
-        (["--reward.ranker", "hostile:Unbuildable"], "the reward service did not start", None),
+        (
+            ["--reward.ranker", "hostile:Unbuildable"],
+            "the reward service did not start: RuntimeError: no weights here",
+            None,
+        ),
     ],
     ids=["NaN", "slow", "dies", "down", "does not start"],
 )

@@ -63,6 +63,15 @@ def test_another_experiment_is_refused_but_limits_may_change(tmp_path: Path) -> 
     RunDirectory.open(tmp_path, job_from(RECIPE)).close()
 
 
+def test_scores_of_one_run_stay_comparable(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
+    RunDirectory.open(tmp_path, job_from(RECIPE)).close()
+    RunDirectory.open(tmp_path, job_from(RECIPE, ["--evaluation.every", "7", "--evaluation.test_rows", "9"])).close()
+    for key, value in (("metric", "hr@10"), ("rows", "77"), ("k", "[1, 10, 40]")):
+        with pytest.raises(RequestError, match=f"evaluation.{key}: .*; legal: the same value"):
+            RunDirectory.open(tmp_path, job_from(RECIPE, [f"--evaluation.{key}", value]))
+
+
 def test_the_changeable_keys_exist() -> None:
     names = [key.name for key in keys(RlJob)]
     for name in MAY_CHANGE:

@@ -8,6 +8,8 @@ Does not check quality (the demo does) nor crashes (tests/launch/test_kill.py).
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,21 @@ def test_the_checkpoint_loads_in_transformers_and_holds_its_catalogue(finished_r
     tokenizer = AutoTokenizer.from_pretrained(hf)
     catalogue = Catalogue.load(hf / "catalogue")
     assert model.config.vocab_size == catalogue.vocabulary.size == len(tokenizer)
+
+
+@pytest.mark.long
+def test_the_checkpoint_loads_in_a_bare_vllm(finished_run: Path, tmp_path: Path) -> None:
+    script = tmp_path / "bare.py"
+    script.write_text(
+        "import sys\n"
+        "if __name__ == '__main__':\n"
+        "    from vllm import LLM, SamplingParams\n"
+        "    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**27)\n"
+        "    answer = llm.generate([{'prompt_token_ids': [1, 5]}], SamplingParams(max_tokens=2, temperature=0))\n"
+        "    print('tokens', len(answer[0].outputs[0].token_ids))\n"
+    )
+    hf = finished_run / "checkpoints" / "step-000003" / "hf"
+    done = subprocess.run(
+        [sys.executable, str(script), str(hf)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "tokens 2" in done.stdout, done.stderr

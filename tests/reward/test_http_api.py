@@ -85,6 +85,21 @@ def test_token_is_required_everywhere_but_for_health() -> None:
     assert client.post("/score", json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
+def test_nothing_is_read_of_a_body_that_comes_without_the_token() -> None:
+    app = replica(token="secret").__serve_build_asgi_app__()
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was read")
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/score", "method": "POST", "headers": []}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 401
+
+
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read_whole() -> None:
     app = replica(max_body_bytes=1000).__serve_build_asgi_app__()
     received = 0

@@ -7,6 +7,7 @@ Not checked here: the formulas of the rules (test_rules), the service.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,21 @@ def scorer(attempt: Recorder, **settings: Any) -> RewardScorer:
     return RewardScorer(given, RewardClient(attempt, given))
 
 
+def test_a_completion_matches_a_ground_truth_that_shares_its_path() -> None:
+    path_id_I = np.array([0, 1, 2, 3, 4, 3, 4, 7, 8, 9], np.int32)
+    scored, metrics = RewardScorer(RewardSettings(), None, path_id_I=path_id_I).score(prompts(), groups())
+    assert scored.parts_PG["item_match"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert (scored.parts_PG["rank_penalty"] < 0).tolist()[1] == [False, True, True, True]
+    assert metrics["reward/hit"] == pytest.approx(2 / 3)
+
+
+def test_a_sibling_of_an_excluded_ground_truth_is_no_match() -> None:
+    path_id_I = np.array([0, 1, 2, 3, 4, 3, 4, 7, 8, 9], np.int32)
+    seen = [dataclasses.replace(prompt, exclusions=np.array([4], np.int32)) for prompt in prompts()]
+    scored, _ = RewardScorer(RewardSettings(), None, path_id_I=path_id_I).score(seen, groups())
+    assert not scored.parts_PG["item_match"][1].any()
+
+
 def test_reward_is_the_weighted_sum_of_the_sources() -> None:
     attempt = Recorder()
     scored, metrics = scorer(attempt, item_match=2.0, rank_penalty=0.5, ranker_score=0.001).score(prompts(), groups())
@@ -88,7 +104,7 @@ def test_reward_is_the_weighted_sum_of_the_sources() -> None:
     assert [row.tolist() for row in attempt.calls[0].histories()] == [[0], [1], [2]]
     assert metrics["reward/hit"] == pytest.approx(1 / 3)
     assert metrics["reward/part/item_match"] == pytest.approx(2 / 10)
-    assert metrics["reward/requests"] == 1
+    assert metrics["system/reward_requests"] == 1
     assert metrics["reward/failed_share"] == 0
     assert metrics["reward/live_groups"] == 1
 
@@ -128,7 +144,7 @@ def test_transforms_are_bounded_and_keep_the_order(transform: str) -> None:
 def test_rules_alone_need_no_service_and_a_ranker_needs_one() -> None:
     scored, metrics = RewardScorer(RewardSettings(), None).score(prompts(), groups())
     assert set(scored.parts_PG) == {"item_match", "rank_penalty"}
-    assert "reward/requests" not in metrics
+    assert "system/reward_requests" not in metrics
     with pytest.raises(ValueError, match="no client"):
         RewardScorer(RewardSettings(ranker="x"), None)
 

@@ -1,4 +1,5 @@
-"""Contract: a preset's file depends on its seed alone; with codebooks its code embeddings start at their geometry.
+"""Contract: a preset's file depends on its seed alone; with codebooks its code embeddings start at their geometry; a
+continued run starts from the model it began with, whatever became of the folder that `init` names.
 
 Not checked here: that training from codebooks is better (docs/results), and that vLLM loads the folder
 (tests/launch/test_whole_job.py).
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from data.errors import RequestError
 from tests.small_world import recipe
 from tests.tiny_model import tiny_catalogue
-from trainer.initial_model import SHAPES, write_preset
+from trainer.initial_model import SHAPES, own_initial_model, write_preset
 from trainer.jobs import PRESETS, RlJob, SftJob
 
 
@@ -44,6 +45,31 @@ def test_code_embeddings_start_at_the_codebooks(tmp_path: Path) -> None:
         assert rows.std() == pytest.approx(SHAPES["mini"]["initializer_range"], rel=1e-4)
         distance = torch.pdist(torch.from_numpy(books[level]))
         assert np.corrcoef(distance.numpy(), torch.pdist(rows).numpy())[0, 1] > 0.5
+
+
+def test_a_continued_run_keeps_its_initial_model(tmp_path: Path) -> None:
+    catalogue = tiny_catalogue()
+
+    def begin(resumed: bool) -> torch.Tensor:
+        folder = own_initial_model(
+            str(tmp_path / "sft"),
+            catalogue,
+            seed=9,
+            dtype=torch.float32,
+            target=tmp_path / "run" / "initial",
+            resumed=resumed,
+        )
+        assert folder == tmp_path / "run" / "initial"
+        return embedding(folder)
+
+    def change(seed: int) -> None:
+        write_preset("mini", catalogue, seed=seed, dtype=torch.float32, target=tmp_path / "sft")
+
+    change(1)
+    first = begin(resumed=False)
+    change(2)
+    assert torch.equal(begin(resumed=True), first)
+    assert not torch.equal(begin(resumed=False), first)
 
 
 def test_presets_are_named_once() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import RunError
+from data.errors import RequestError, RunError
 from data.feed import Feed
 from data.records import DecodeSpec, Groups, Prompt, RewardFailure, ScoredGroups
 from data.trie_constraint import TrieConstraint
@@ -128,6 +128,7 @@ class World:
             "job": job,
             "host": host,
             "state": state or RunState(),
+            "resumed": state is not None,
             "feed": feed,
             "rewards": RewardScorer(job.reward, None),
             "learners": learners,
@@ -219,6 +220,22 @@ def test_a_dump_is_used_once(world: World) -> None:
     assert replay.state.step == 1
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("rollout", {"temperature": 0.5}, "rollout.temperature: 0.5; legal: 1.0"),
+        ("objective", {"minibatches": 3}, "objective.minibatches: 3; legal: a divisor of 8"),
+    ],
+)
+def test_a_dump_that_does_not_fit_the_job_is_refused(
+    world: World, section: str, change: dict[str, Any], told: str
+) -> None:
+    settings = getattr(world.job, section).model_copy(update=change)
+    replay = world.build("unfit", train_only=world.folder / "dump", **{section: settings})
+    with pytest.raises(RequestError, match=told):
+        replay.run()
+
+
 def test_minibatches_let_ratios_move_and_a_reference_is_scored(world: World) -> None:
     objective = world.job.objective.model_copy(update={"minibatches": 4, "updates": 2, "beta": 0.1})
     loop = world.build("minibatches", objective=objective)
@@ -227,6 +244,17 @@ def test_minibatches_let_ratios_move_and_a_reference_is_scored(world: World) -> 
     assert step["ratio/gap_max"] > 0
     assert step["kl"] > 0
     assert loop.learners.step == 3 * 2 * 4
+
+
+def test_metrics_of_minibatches_are_means_and_maxima(world: World) -> None:
+    objective = world.job.objective.model_copy(update={"minibatches": 2})
+    limits = world.job.limits.model_copy(update={"max_steps": 1})
+    loop = world.build("maxima", objective=objective, limits=limits)
+    answers = iter([{"loss": 1.0, "ratio/gap_max": 3.0}, {"loss": 2.0, "ratio/gap_max": 1.0}])
+    loop.learners.update = lambda completions, inputs: next(answers)  # type: ignore[method-assign]
+    loop.run()
+    step = host_of(loop).steps[1]
+    assert (step["loss"], step["ratio/gap_max"]) == (1.5, 3.0)
 
 
 def test_a_withheld_push_stops_the_run_within_a_step(world: World) -> None:

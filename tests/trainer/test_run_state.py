@@ -5,6 +5,7 @@ Does not check what the loop does with it: tests/trainer/test_loop.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_step_zero_is_a_candidate_and_ties_keep_the_earlier() -> None:
     assert (later.best_step, later.evaluations_without_rise) == (0, 1)
     risen = RunState(step=3, best_score=0.5, best_step=0, evaluations_without_rise=2).evaluated(0.6, 0.05)
     assert (risen.best_step, risen.best_score, risen.evaluations_without_rise) == (3, 0.6, 0)
+
+
+def test_small_rises_make_a_best_step_and_do_not_renew_patience() -> None:
+    state = RunState().evaluated(0.50, 0.05)
+    state = replace(state, step=1).evaluated(0.53, 0.05)
+    assert (state.best_step, state.best_score, state.evaluations_without_rise) == (1, 0.53, 1)
+    state = replace(state, step=2).evaluated(0.56, 0.05)
+    assert (state.best_step, state.evaluations_without_rise) == (2, 0)
 
 
 def test_limits() -> None:
