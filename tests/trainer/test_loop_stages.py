@@ -136,9 +136,7 @@ def test_a_restart_continues_to_the_bit_with_the_moving_mean(world: World) -> No
     again.run()
     assert weights(again, world.folder / "again-hf") == expected
     for step in (2, 3):
-        same, exact = dict(host_of(again).steps[step]), dict(steps[step])
-        assert same.pop("reward/requests") < exact.pop("reward/requests")  # counted since the start of the process
-        assert same == exact
+        assert host_of(again).steps[step] == steps[step]
 
 
 def test_a_gate_without_scores_stops_the_run_after_a_checkpoint(world: World) -> None:
