@@ -51,6 +51,16 @@ COMMANDS: dict[str, Command] = {
     "data ids": Command(
         target="launch.id_commands:ids_command", summary="build semantic IDs for the items of a dataset", answers=True
     ),
+    "data simulate": Command(
+        target="launch.simulate_command:simulate_command",
+        summary="serve a policy over held-out contexts to get a feedback log",
+        answers=True,
+    ),
+    "data bandit": Command(
+        target="launch.bandit_command:bandit_command",
+        summary="the Open Bandit sample as a feedback log",
+        answers=True,
+    ),
     "train": Command(
         target="launch.train_arguments:train_command",
         summary="run a recipe (sft, rl, ranker); resumes by itself from the run directory",

@@ -18,6 +18,7 @@ import tyro
 from pydantic import BaseModel
 
 from data.errors import RequestError
+from launch.bandit_command import BanditCommand
 from launch.config import default_words
 from launch.data_commands import ImportCommand, InspectCommand
 from launch.eval_command import EvalCommand
@@ -25,6 +26,7 @@ from launch.id_commands import IdsCommand
 from launch.provenance import ROOT
 from launch.run_directory import MAY_CHANGE
 from launch.setting_names import Key, is_section, keys, must_be_given
+from launch.simulate_command import SimulateCommand
 from trainer.durable import write_text
 from trainer.jobs import JOBS
 
@@ -33,11 +35,13 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "data import": ImportCommand,
     "data inspect": InspectCommand,
     "data ids": IdsCommand,
+    "data simulate": SimulateCommand,
+    "data bandit": BanditCommand,
     "eval": EvalCommand,
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
 SHARED_SECTIONS = ("rollout", "cluster")
-"""Sections of `eval` that are the ones of the jobs."""
+"""Sections of `eval` and `data simulate` that are the ones of the jobs."""
 
 HEAD = """# Configuration
 

@@ -36,6 +36,28 @@ PER_ROW = (RankingMetric.HR, RankingMetric.NDCG, RankingMetric.RECALL, RankingMe
 """Metrics that are means over rows, so that intervals can be computed."""
 
 
+class PairwiseMetric(StrEnum):
+    """Metrics of scored candidates. Definitions: `reward.pairwise` (methods.md section 4)."""
+
+    AUC = "auc"
+    """Share of (positive, negative) pairs in the right order, ties one half."""
+    OPAUC = "opauc"
+    """The same against the K highest negatives only: opauc@K."""
+    WPAUC = "wpauc"
+    """The same against the negatives of K's window only: wpauc@K; equals recall@K with one positive."""
+
+
+class ExposureMetric(StrEnum):
+    """Exposure bias at a cut-off K. Definitions: `reward.exposure` (methods.md section 7)."""
+
+    GAP = "exposure_gap"
+    """HR on targets that the log ever exposed minus HR on targets it never exposed."""
+    DIVERGENCE = "exposure_divergence"
+    """Jensen-Shannon divergence, in bits, between recommendations and exposures over popularity deciles."""
+    REPEAT = "repeat_exposure"
+    """Share of rows whose first recommendation was exposed to the user before without a response; no cut-off."""
+
+
 class StepMetric(StrEnum):
     """Metrics of the reward side of a training step."""
 
@@ -57,9 +79,10 @@ class StepMetric(StrEnum):
     """Calls of the reward service since this start, attempts included: a continued run counts anew."""
 
 
-def at(metric: RankingMetric | str, k: int) -> str:
+def at(metric: RankingMetric | PairwiseMetric | ExposureMetric | str, k: int) -> str:
     """The name of a metric at a cut-off: `at("ndcg", 10)` is "ndcg@10"."""
-    return f"{RankingMetric(metric).value}@{k}"
+    named = metric if isinstance(metric, PairwiseMetric | ExposureMetric) else RankingMetric(metric)
+    return f"{named.value}@{k}"
 
 
 def count_by_reason(prefix: str, reasons: Iterable[StrEnum], found: npt.NDArray[np.str_]) -> dict[str, float]:

@@ -43,3 +43,19 @@ def percentile(score_PG: FloatArray, valid_PG: BoolArray) -> FloatArray:
     others_P1 = valid_PG.sum(1, keepdims=True) - 1
     share_PG = np.where(others_P1 > 0, (lower_PG + 0.5 * equal_PG) / np.maximum(others_P1, 1), 0.5)
     return np.where(valid_PG, share_PG, 0.0).astype(np.float32)
+
+
+def below_lowest(score_PG: FloatArray, known_PG: BoolArray, valid_PG: BoolArray) -> FloatArray:
+    """Scores in which a valid completion that is no item gets the lowest of its group minus one deviation of it.
+
+    The deviation is the population's over the members with a score; a group without one gets 0.
+
+    Source: methods.md section 2, "Invalid IDs".
+    """
+    count_P1 = np.maximum(known_PG.sum(1, keepdims=True), 1)
+    score = np.where(known_PG, score_PG, 0).astype(np.float64)
+    mean_P1 = score.sum(1, keepdims=True) / count_P1
+    deviation_P1 = np.sqrt((np.where(known_PG, score - mean_P1, 0) ** 2).sum(1, keepdims=True) / count_P1)
+    lowest_P1 = np.where(known_PG, score_PG, np.inf).min(1, keepdims=True)
+    below_P1 = np.where(known_PG.any(1, keepdims=True), lowest_P1 - deviation_P1, 0.0)
+    return np.where(valid_PG & ~known_PG, below_P1, score_PG).astype(np.float32)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.records import NO_ITEM, BoolArray, FloatArray, Groups, IntArray, Prompt, RewardFailure, ScoredGroups
+from reward.batch_scoring import BatchScores
 from reward.client import RewardClient
 from reward.names import StepMetric, count_by_reason
-from reward.rules import item_match, percentile, rank_penalty
-from reward.settings import RankerTransform, RewardSettings
+from reward.rules import below_lowest, item_match, percentile, rank_penalty
+from reward.settings import InvalidScore, RankerTransform, RewardSettings
 
 ITEM_MATCH = "item_match"
 RANK_PENALTY = "rank_penalty"
@@ -71,6 +72,16 @@ class RewardScorer:
             metrics[StepMetric.REWARD_REQUESTS.value] = float(self.client.requests)
         return scored, metrics
 
+    def raw_scores(self, prompts: Sequence[Prompt], wanted: Sequence[IntArray]) -> BatchScores:
+        """The ranker's own scores of the wanted items after each prompt's history, for stages that compare them.
+
+        Raises:
+            ValueError: there is no ranker.
+        """
+        if self.client is None:
+            raise ValueError("raw scores were asked for, but no ranker is configured")
+        return self.client.score([prompt.history for prompt in prompts], wanted)
+
     def _paths(self, item: IntArray) -> IntArray:
         """What is compared: the items, or the number of their path."""
         if self._path_id_I is None:
@@ -89,6 +100,7 @@ class RewardScorer:
         wanted = [np.unique(row[valid & (row != NO_ITEM)]) for row, valid in zip(item_PG, valid_PG, strict=True)]
         result = client.score([prompt.history for prompt in prompts], wanted)
         score_PG = np.zeros(item_PG.shape, np.float32)
+        known_PG = np.zeros(item_PG.shape, np.bool_)
         for row, (items, scores) in enumerate(zip(wanted, result.scores, strict=True)):
             if result.failure_N[row] or len(items) == 0:
                 continue
@@ -96,6 +108,9 @@ class RewardScorer:
             found = np.isin(members, items) & valid_PG[row]
             score_PG[row, found] = scores[np.searchsorted(items, members[found])]
             score_PG[row, valid_PG[row] & ~found] = scores.min()
+            known_PG[row] = found
+        if self.settings.invalid_score is InvalidScore.BELOW_LOWEST:
+            score_PG = below_lowest(score_PG, known_PG, valid_PG)
         if self.settings.ranker_transform is RankerTransform.SIGMOID:
             score_PG = np.where(valid_PG, _sigmoid(score_PG), 0).astype(np.float32)
         elif self.settings.ranker_transform is RankerTransform.PERCENTILE:

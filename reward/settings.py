@@ -32,6 +32,15 @@ class RankerTransform(StrEnum):
     """Share of the other distinct items of the group that score lower (half for ties), in 0 to 1."""
 
 
+class InvalidScore(StrEnum):
+    """The ranker score of a completion that is no item of the catalogue."""
+
+    LOWEST = "lowest"
+    """The lowest of its group."""
+    BELOW_LOWEST = "below_lowest"
+    """The lowest of its group minus one standard deviation of the group (AdaGRPO)."""
+
+
 class RewardSettings(Settings):
     """Rewards and the service that scores. The reward of a completion is the weighted sum of its sources."""
 
@@ -41,12 +50,16 @@ class RewardSettings(Settings):
     """Weight of ReRe's penalty of the misses in a group that has the hit; the higher a miss ranks, the larger."""
     ranker_score: float = Field(0.0, ge=-1000, le=1000)
     """Weight of the ranker's score of the item. With 0 a ranker that is set is still asked, for the metrics."""
+    feedback: float = Field(0.0, ge=0, le=1000)
+    """Weight of the feedback reward of a log's exposed item; for objective.anchor."""
     ranker: str | None = None
     """An artefact folder written by `windlass train`, a .onnx file, or `package.module:Class`; none: no service."""
     ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Keyword arguments for a ranker class or an .onnx file."""
     ranker_transform: RankerTransform = RankerTransform.RAW
     """raw, sigmoid, or percentile (within the group)."""
+    invalid_score: InvalidScore = InvalidScore.LOWEST
+    """Ranker score of a completion that is no item: lowest of the group, or below_lowest by one deviation."""
     transport: Transport = Transport.HANDLE
     """How the loop calls the service: handle or http."""
     url: str | None = Field(None, pattern=r"^https?://")
@@ -88,11 +101,19 @@ class RewardSettings(Settings):
             )
         if self.url is not None and self.ranker is not None:
             raise RequestError("reward.url", self.url, "none with reward.ranker set: the service there has its own")
-        if self.item_match == self.rank_penalty == self.ranker_score == 0:
+        if self.item_match == self.rank_penalty == self.ranker_score == self.feedback == 0:
             raise RequestError(
-                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty or ranker_score"
+                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty, ranker_score or feedback"
             )
         return self
+
+    def part_weights(self) -> dict[str, float]:
+        """Weight of each source by its name in `ScoredGroups.parts_PG`."""
+        return {
+            "item_match": self.item_match,
+            "rank_penalty": self.rank_penalty,
+            "ranker_score": self.ranker_score,
+        }
 
     @property
     def asks_ranker(self) -> bool:

@@ -20,6 +20,7 @@ from data.settings_data import InteractionSettings, PromptSettings, RolloutDataS
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
+from trainer.objective_checks import check_objective
 from trainer.objective_settings import ObjectiveSettings
 from trainer.ranker_settings import RankerSettings
 from trainer.run_settings import (
@@ -125,6 +126,8 @@ class RlJob(PolicyJobSettings):
     """The reward service."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """GRPO and its switches."""
+    feedback: Path | None = None
+    """Feedback log whose requests are the prompts (objective.anchor); none takes the training split."""
     policy_gap: PolicyGapSettings = PolicyGapSettings()
     """Alarm on the gap between engine and learner."""
     rollout_only: Path | None = None
@@ -140,6 +143,11 @@ class RlJob(PolicyJobSettings):
             raise RequestError("rollout.width", self.rollout.width, "2 or more: a group of one has no advantage")
         if self.rollout_only is not None and self.train_only is not None:
             raise RequestError("train_only", self.train_only, "only one of rollout_only and train_only")
+        check_objective(
+            self.objective, self.rollout, self.reward, batch_prompts=self.batch_prompts, feedback=self.feedback
+        )
+        if self.feedback is not None and (self.train_only is not None or self.rollout_only is not None):
+            raise RequestError("feedback", self.feedback, "none with rollout_only or train_only: dumps hold no log")
         if self.learner.dtype.value != self.rollout.dtype.value and self.policy_gap.limit is None:
             raise RequestError(
                 "rollout.dtype",

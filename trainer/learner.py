@@ -54,6 +54,10 @@ class ScoreOutputs:
     legal_mass_PGT: FloatArray
     entropy_PGT: FloatArray
     """Entropy of the renormalised policy, nats."""
+    certainty_PGT: FloatArray
+    """KL(uniform || renormalised policy), nats."""
+    choices_PGT: FloatArray
+    """Number of legal continuations."""
     legal_PGT: BoolArray
     """True on tokens that the constraint permits."""
     ref_logp_PGT: FloatArray | None = None
@@ -194,7 +198,14 @@ class Learner:
     ) -> dict[str, Any]:
         outputs: dict[str, Any] = {
             name: np.zeros(shape, dtype=np.float32)
-            for name in ("logp_PGT", "full_logp_PGT", "legal_mass_PGT", "entropy_PGT")
+            for name in (
+                "logp_PGT",
+                "full_logp_PGT",
+                "legal_mass_PGT",
+                "entropy_PGT",
+                "certainty_PGT",
+                "choices_PGT",
+            )
         }
         outputs["legal_PGT"] = np.zeros(shape, dtype=np.bool_)
         for batch in batches:
@@ -227,9 +238,15 @@ class Learner:
                 raise ValueError("a completion with a policy weight is not legal under the constraint")
             moved = batch.to(self._device)
             logits_UV = self._engine(moved)
-            scores = token_scores(logits_UV, moved, self._legal(table, batch), inputs.temperature)
+            scores = token_scores(
+                logits_UV,
+                moved,
+                self._legal(table, batch),
+                inputs.temperature,
+                entropy_gradient=inputs.entropy_weight_PGT is not None,
+            )
             loss, statistics = token_loss(
-                scores.logp_K, scores.full_logp_K, token_inputs(inputs, moved.slot_K, moved.unit_K)
+                scores.logp_K, scores.full_logp_K, token_inputs(inputs, moved.slot_K, moved.unit_K), scores.entropy_K
             )
             parts.append(statistics)
             self._backward(loss, logits_UV)

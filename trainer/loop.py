@@ -27,15 +27,27 @@ import torch
 from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.feed import Feed
-from data.records import DecodeSpec, Groups, IntArray, Prompt, ScoredGroups
+from data.feedback import Anchors
+from data.records import DecodeSpec, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer, reward_metrics
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
+from trainer.batch_signals import (
+    Extended,
+    FeedbackRows,
+    batch_signals,
+    extended,
+    scored_extras,
+    widened,
+    without_illegal_anchors,
+)
+from trainer.gate import RankerScores
+from trainer.gate_scores import gate_scores
 from trainer.group_dump import dumped_steps, read_step, step_path
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup, ScoreOutputs
 from trainer.losses import UpdateInputs
-from trainer.members import with_ground_truth
+from trainer.members import batch_members
 from trainer.objective import objective_coefficients
 from trainer.run_settings import GapAction
 from trainer.training_loop import Metrics, TrainingLoop
@@ -65,6 +77,8 @@ class RlLoop(TrainingLoop):
     """`Catalogue.tokens`: the token path of an item."""
     max_tokens: int
     """Tokens of the longest completion."""
+    feedback: Anchors | None = None
+    """The log that the prompts come from, by prompt id; None where they come from a dataset."""
 
     pushes_every_step = True
     checks_gap = True
@@ -78,18 +92,27 @@ class RlLoop(TrainingLoop):
         step = self.state.step + 1
         prompts, scored, metrics = self.collect(step)
         groups = scored.groups
-        completions = Completions.of_groups(prompts, groups)
+        feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
+        with self.timer.phase("reward"):
+            scored, ranker = self._gate_scores(prompts, scored)
+        rollouts = Completions.of_groups(prompts, groups)
+        whole = extended(rollouts, prompts, self.job.objective, self.item_tokens, feedback)
         with self.timer.phase("score"):
-            scores = self.learners.score(completions, self.job.rollout.temperature)
-            metrics |= self._check_gap(step, groups, completions, scores)
+            asked = whole.completions if scored_extras(self.job.objective) else rollouts
+            scores = self.learners.score(asked, self.job.rollout.temperature)
+            metrics |= self._check_gap(step, groups, asked, scores)
         with self.timer.phase("objective"):
-            completions, inputs, objective_metrics = self._objective(prompts, scored, completions, scores)
+            inputs, objective_metrics, log_mean = self._objective(prompts, scored, whole, scores, ranker, feedback)
         with self.timer.phase("update"):
-            metrics |= self._update(completions, inputs)
+            metrics |= self._update(whole.completions, inputs)
         metrics |= objective_metrics | _score_metrics(scores, groups)
 
         self.state = dataclasses.replace(
-            self.state, step=step, cursor=dict(self.feed.state_dict()), failures=dict(self.tracker.state_dict())
+            self.state,
+            step=step,
+            cursor=dict(self.feed.state_dict()),
+            failures=dict(self.tracker.state_dict()),
+            anchor_log_mean=log_mean,
         )
         with self.timer.phase("push"):
             metrics |= self.host.push(step)
@@ -118,7 +141,9 @@ class RlLoop(TrainingLoop):
     def _check_gap(self, step: int, groups: Groups, completions: Completions, scores: ScoreOutputs) -> Metrics:
         """Compare what the engine returned with the learner's score; stop before the update when they differ."""
         settings = self.job.policy_gap
-        gap = policy_gap(groups.logp_PGT, scores.logp_PGT, groups.token_mask_PGT)
+        _, members, tokens = groups.shape
+        mask_PGT = groups.token_mask_PGT & completions.valid_PG[:, :members, None]
+        gap = policy_gap(groups.logp_PGT, scores.logp_PGT[:, :members, :tokens], mask_PGT)
         dtype = self.job.learner.dtype.value
         if dtype != "float32" and (self.state.noise is None or (step - 1) % settings.noise_every == 0):
             noise = self.learners.noise(completions, self.job.rollout.temperature)
@@ -138,22 +163,71 @@ class RlLoop(TrainingLoop):
             metrics |= {"policy_gap/noise_mean": measured.mean, "policy_gap/noise_max": measured.max}
         return metrics
 
+    def _gate_scores(self, prompts: Sequence[Prompt], scored: ScoredGroups) -> tuple[ScoredGroups, RankerScores | None]:
+        """What the gate compares; a prompt without it joins the failed groups.
+
+        Raises:
+            RunError: more prompts failed than `reward.max_failed_share` allows.
+        """
+        gate = self.job.objective.gate
+        if not gate.asks_ranker:
+            return scored, None
+        found = gate_scores(self.rewards, prompts, scored.groups, gate, seed=self.job.seed)
+        failed = found.failure_P != RewardFailure.NONE.value
+        if failed.mean() > self.job.reward.max_failed_share:
+            self.save_last_good()
+            reasons = ", ".join(sorted({str(reason) for reason in found.failure_P[failed]}))
+            raise RunError(
+                f"step {self.state.step + 1}: the gate has no ranker scores for {int(failed.sum())} of {len(failed)} "
+                f"prompts ({reasons}), more than reward.max_failed_share = {self.job.reward.max_failed_share:g}"
+            )
+        failure_P = np.where(scored.usable_P, found.failure_P, scored.failure_P)
+        return dataclasses.replace(scored, failure_P=failure_P), found.scores
+
     def _objective(
-        self, prompts: Sequence[Prompt], scored: ScoredGroups, completions: Completions, scores: ScoreOutputs
-    ) -> tuple[Completions, UpdateInputs, Metrics]:
-        """Stages on the whole batch; the ground truth joins as a branch when the NLL has a weight."""
+        self,
+        prompts: Sequence[Prompt],
+        scored: ScoredGroups,
+        whole: Extended,
+        scores: ScoreOutputs,
+        ranker: RankerScores | None,
+        feedback: FeedbackRows | None,
+    ) -> tuple[UpdateInputs, Metrics, float | None]:
+        """Stages on the whole batch; also the state of the anchor stage for the next one."""
         settings = self.job.objective
-        truth = [self._truth_tokens(prompt) for prompt in prompts] if settings.nll_weight else None
-        if truth is not None:
-            completions = completions.with_member(truth)
-        members, reward_PG = with_ground_truth(scored, completions, added=truth is not None)
-        coefficients, metrics = objective_coefficients(members, reward_PG, settings, self.max_tokens)
-        old_logp_PGT = _widened(scores.logp_PGT, completions.shape)
-        ref_logp_PGT = scores.ref_logp_PGT
+        shape = whole.completions.shape
+        members, reward_PG = batch_members(scored, whole.completions, whole.extra)
+        dropped = 0
+        if Kind.ANCHOR in whole.extra:
+            members, dropped = without_illegal_anchors(members, scores.legal_PGT)
+        signals = batch_signals(
+            settings,
+            prompts,
+            scored,
+            members,
+            scores,
+            part_weight=self.job.reward.part_weights(),
+            feedback_weight=self.job.reward.feedback,
+            ranker=ranker,
+            feedback=feedback,
+        )
+        coefficients, metrics = objective_coefficients(
+            members,
+            reward_PG,
+            settings,
+            self.max_tokens,
+            signals=signals,
+            seed=self.job.seed,
+            step=self.state.step + 1,
+            anchor_log_mean=self.state.anchor_log_mean,
+        )
+        if Kind.ANCHOR in whole.extra:
+            metrics["anchor/not_legal"] = float(dropped)
+        entropy_PGT, detached_PGT = coefficients.entropy_weight_PGT, coefficients.detached_PGT
         inputs = UpdateInputs(
             advantage_PGT=coefficients.advantage_PGT.float().numpy(),
-            old_logp_PGT=old_logp_PGT,
-            ref_logp_PGT=None if ref_logp_PGT is None else _widened(ref_logp_PGT, completions.shape),
+            old_logp_PGT=widened(scores.logp_PGT, shape),
+            ref_logp_PGT=None if scores.ref_logp_PGT is None else widened(scores.ref_logp_PGT, shape),
             policy_weight_PGT=coefficients.policy_weight_PGT.float().numpy(),
             kl_weight_PGT=coefficients.kl_weight_PGT.float().numpy(),
             nll_weight_PGT=coefficients.nll_weight_PGT.float().numpy(),
@@ -161,12 +235,10 @@ class RlLoop(TrainingLoop):
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             temperature=self.job.rollout.temperature,
+            entropy_weight_PGT=None if entropy_PGT is None else entropy_PGT.float().numpy(),
+            detached_PGT=None if detached_PGT is None else detached_PGT.numpy(),
         )
-        return completions, inputs, metrics
-
-    def _truth_tokens(self, prompt: Prompt) -> IntArray | None:
-        tokens: IntArray | None = self.item_tokens(prompt.target) if prompt.target >= 0 else None
-        return tokens
+        return inputs, metrics, coefficients.anchor_log_mean
 
     def _update(self, completions: Completions, inputs: UpdateInputs) -> Metrics:
         """All updates on the batch: `objective.updates` passes of `objective.minibatches` optimiser steps."""
@@ -241,23 +313,18 @@ def _scaled(inputs: UpdateInputs, factor: int) -> UpdateInputs:
         policy_weight_PGT=inputs.policy_weight_PGT * factor,
         kl_weight_PGT=inputs.kl_weight_PGT * factor,
         nll_weight_PGT=inputs.nll_weight_PGT * factor,
+        entropy_weight_PGT=None if inputs.entropy_weight_PGT is None else inputs.entropy_weight_PGT * factor,
     )
-
-
-def _widened(values_PGT: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The values in an array of `shape`, zero where it is larger."""
-    wide = np.zeros(shape, dtype=np.float32)
-    prompts, members, tokens = values_PGT.shape
-    wide[:prompts, :members, :tokens] = values_PGT
-    return wide
 
 
 def _score_metrics(scores: ScoreOutputs, groups: Groups) -> Metrics:
     """Means over the completion tokens, and where the groups come from."""
-    mask = groups.token_mask_PGT
+    _, members, tokens = groups.shape
+    # A slot that gave way to an anchor was not scored.
+    mask = groups.token_mask_PGT & (scores.choices_PGT[:, :members, :tokens] > 0)
     return {
-        "legal_mass": float(scores.legal_mass_PGT[mask].mean(dtype=np.float64)),
-        "entropy": float(scores.entropy_PGT[mask].mean(dtype=np.float64)),
+        "legal_mass": float(scores.legal_mass_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
+        "entropy": float(scores.entropy_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
         "weight_version": float(groups.weight_version_P.max()),
         "weight_version/oldest": float(groups.weight_version_P.min()),
         "completion/absent_share": float(1 - groups.valid_PG.mean(dtype=np.float64)),

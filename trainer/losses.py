@@ -3,12 +3,12 @@
 The coefficients carry their denominators, so the loss is a plain sum over tokens: neither ranks, packing nor
 accumulation can change it.
 
-    loss = sum_t  policy_weight * -S(rho, A)  +  kl_weight * k3  +  nll_weight * -log p_full
+    loss = sum_t  policy_weight * -S(rho, A)  +  kl_weight * k3  +  nll_weight * -log p_full  -  entropy_weight * H
     S(rho, A) = min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
     k3 = exp(ref - lp) - (ref - lp) - 1
 
-`rho` and `k3` speak of the renormalised policy at the rollout temperature, the NLL of the full vocabulary at
-temperature 1. Source: ../shared/methods.md section 0.
+`rho`, `k3` and the entropy `H` speak of the renormalised policy at the rollout temperature, the NLL of the full
+vocabulary at temperature 1. Source: ../shared/methods.md section 0.
 
 Suffix `_K`: target tokens of a micro-batch.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import FloatArray, IntArray
+from data.records import BoolArray, FloatArray, IntArray
 from trainer.objective_settings import Ratio
 
 MAXIMA = ("gap_max",)
@@ -47,6 +47,10 @@ class UpdateInputs:
     temperature: float = 1.0
     segment_PGT: IntArray | None = None
     """Number of the item within its completion, for `Ratio.ITEM`; None is one item per completion."""
+    entropy_weight_PGT: FloatArray | None = None
+    """Weights of the entropy bonus; None without one."""
+    detached_PGT: BoolArray | None = None
+    """True on tokens whose ratio is exp(lp - stop_gradient(lp)), 1 in value; None where there is none."""
 
     def __post_init__(self) -> None:
         if self.ref_logp_PGT is None and np.any(self.kl_weight_PGT):
@@ -77,6 +81,8 @@ class TokenInputs:
     ratio: Ratio
     clip_low: float
     clip_high: float
+    entropy_weight_K: Tensor | None = None
+    detached_K: Tensor | None = None
 
 
 def token_inputs(inputs: UpdateInputs, slot_K: Tensor, unit_K: Tensor) -> TokenInputs:
@@ -106,22 +112,30 @@ def token_inputs(inputs: UpdateInputs, slot_K: Tensor, unit_K: Tensor) -> TokenI
         ratio=inputs.ratio,
         clip_low=inputs.clip_low,
         clip_high=inputs.clip_high,
+        entropy_weight_K=None if inputs.entropy_weight_PGT is None else pick(inputs.entropy_weight_PGT),
+        detached_K=None if inputs.detached_PGT is None else pick(inputs.detached_PGT.astype(np.float32)) != 0,
     )
 
 
-def token_loss(logp_K: Tensor, full_logp_K: Tensor, inputs: TokenInputs) -> tuple[Tensor, dict[str, float]]:
+def token_loss(
+    logp_K: Tensor, full_logp_K: Tensor, inputs: TokenInputs, entropy_K: Tensor | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """Loss of a micro-batch (a sum) and its statistics (sums, and maxima named in `MAXIMA`).
 
     Args:
         logp_K: renormalised log-probabilities at the rollout temperature, with gradient.
         full_logp_K: full-vocabulary log-probabilities at temperature 1, with gradient.
+        entropy_K: entropy of the renormalised policy, with gradient; read where the inputs weigh it.
 
     Tokens with weight 0 take no part: neither their values nor non-finite ones among them reach loss or gradient.
     """
     on_K = inputs.policy_weight_K != 0
     kl_on_K = inputs.kl_weight_K != 0
     nll_on_K = inputs.nll_weight_K != 0
-    log_ratio_K = _where(on_K, logp_K - inputs.old_logp_K)
+    old_logp_K = inputs.old_logp_K
+    if inputs.detached_K is not None:
+        old_logp_K = torch.where(inputs.detached_K, logp_K.detach(), old_logp_K)
+    log_ratio_K = _where(on_K, logp_K - old_logp_K)
     ratio_K = _shared(log_ratio_K, on_K, inputs).exp()
     clipped_K = ratio_K.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
     surrogate_K = torch.minimum(ratio_K * inputs.advantage_K, clipped_K * inputs.advantage_K)
@@ -133,6 +147,11 @@ def token_loss(logp_K: Tensor, full_logp_K: Tensor, inputs: TokenInputs) -> tupl
         difference_K = _where(kl_on_K, inputs.ref_logp_K - logp_K)
         kl_K = difference_K.exp() - difference_K - 1
         loss = loss + (inputs.kl_weight_K * kl_K).sum()
+    if inputs.entropy_weight_K is not None:
+        if entropy_K is None:
+            raise ValueError("entropy_weight_PGT has weights, but no entropy with gradient came")
+        bonus_K = _where(inputs.entropy_weight_K != 0, inputs.entropy_weight_K * entropy_K)
+        loss = loss - bonus_K.sum()
     with torch.no_grad():
         gap_K = log_ratio_K.abs()
         high_K = on_K & (ratio_K > 1 + inputs.clip_high) & (inputs.advantage_K > 0)

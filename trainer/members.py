@@ -5,6 +5,7 @@ Suffixes: `_P` prompt, `_G` group member, `_T` token of a completion.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,21 +49,23 @@ class Members:
         return self.token_mask_PGT.sum(-1)
 
 
-def with_ground_truth(scored: ScoredGroups, completions: Completions, *, added: bool) -> tuple[Members, Tensor]:
+def batch_members(scored: ScoredGroups, completions: Completions, extra: Sequence[Kind] = ()) -> tuple[Members, Tensor]:
     """Members of single-item groups, and their rewards `[P, G]`.
 
     Args:
-        completions: the groups' completions, with one further member each when `added`.
-        added: whether the last member is the ground truth, which has no reward (its column is 0).
+        completions: the groups' completions, with one further member each per entry of `extra`.
+        extra: what the last members are; they have no reward of the configured sources (their columns are 0). A
+            ground truth needs none, so it stays in groups whose rewards failed; an anchor leaves with its group.
     """
     token_mask_PGT = completions.token_mask_PGT
     valid_PG = completions.valid_PG & scored.usable_P[:, None]
     kind_PG = np.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=np.int64)
     reward_PG = torch.tensor(scored.reward_PG)
-    if added:
-        # The ground truth needs no reward, so it stays in groups whose rewards failed.
-        valid_PG[:, -1] = completions.valid_PG[:, -1]
-        kind_PG[:, -1] = KIND_CODE[Kind.GROUND_TRUTH]
+    rollouts = valid_PG.shape[1] - len(extra)
+    for column, kind in enumerate(extra, rollouts):
+        kind_PG[:, column] = KIND_CODE[kind]
+        if kind is Kind.GROUND_TRUTH:
+            valid_PG[:, column] = completions.valid_PG[:, column]
         reward_PG = torch.cat([reward_PG, torch.zeros_like(reward_PG[:, :1])], dim=1)
     members = Members(
         valid_PG=torch.from_numpy(valid_PG),

@@ -3,20 +3,42 @@
 Order (../shared/methods.md section 6): group → reward → advantage → multipliers → gate → regularisers. Every stage
 is a pure function over `Members`, run once per batch in the driver, so that no statistic depends on ranks or
 micro-batches; with every stage at its identity the loss is plain GRPO.
+
+    L = mean_b [ nll_weight * NLL_b
+               + gate_b * ( policy_weight * GRPO_b(advantage * q_b * omega_i * wn * own stages)
+                            + beta * KL_b - entropy_weight * H_b ) ]
+
+Only members that carry an advantage (rollouts, anchors) are counted in a group; a ground truth feeds the NLL.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data.records import Kind
-from trainer.advantage import group_advantages
+from trainer.advantage import GroupAdvantages, group_advantages
 from trainer.aggregation import token_weights
+from trainer.anchor import AnchorMode, AnchorRatio, AnchorWeights, Snips, anchor_weights, feedback_rewards
+from trainer.gate import GateKind, gate_decisions, gate_metrics, gate_parts, gate_weights, policy_scores
 from trainer.members import KIND_CODE, Members
-from trainer.objective_settings import ObjectiveSettings
+from trainer.objective_settings import ObjectiveSettings, RewardOrder
+from trainer.own_stages import own_multipliers
+from trainer.several_rewards import several_advantages
+from trainer.signals import Signals, needed
+from trainer.tempering import (
+    TemperingMode,
+    confidence,
+    row_factors,
+    self_certainty,
+    tempered_rewards,
+    tempering_multipliers,
+)
+from trainer.truncation import TruncationLevel, truncated_weights, truncation_metrics
+from trainer.window import WindowKind, window_metrics, window_weights
 
 
 class Coefficients(NamedTuple):
@@ -31,26 +53,198 @@ class Coefficients(NamedTuple):
     """Weight of the full-vocabulary NLL (ground-truth members only)."""
     live_P: Bool[Tensor, " P"]
     """Groups that carry a policy gradient."""
+    entropy_weight_PGT: Float[Tensor, "P G T"] | None = None
+    """Weight of the entropy bonus; None without one."""
+    detached_PGT: Bool[Tensor, "P G T"] | None = None
+    """Tokens whose ratio is 1 in value (anchors); None where there is none."""
+    anchor_log_mean: float | None = None
+    """Moving mean of the anchor weights, for the next batch."""
+
+
+class _Anchors(NamedTuple):
+    """The anchors of a batch, and what tempers and weighs their rows."""
+
+    member_PG: Tensor
+    silent_P: Tensor
+    confidence_P: Tensor
+    weights: AnchorWeights
 
 
 def objective_coefficients(
-    members: Members, reward_PG: Float[Tensor, "P G"], settings: ObjectiveSettings, fixed_length: int
+    members: Members,
+    reward_PG: Float[Tensor, "P G"],
+    settings: ObjectiveSettings,
+    fixed_length: int,
+    *,
+    signals: Signals | None = None,
+    seed: int = 0,
+    step: int = 0,
+    anchor_log_mean: float | None = None,
 ) -> tuple[Coefficients, dict[str, float]]:
     """Coefficients of one batch, and its metrics.
 
-    Ground-truth members carry no advantage; they are there for the NLL alone and are not counted in the group.
+    Args:
+        reward_PG: sum of the configured sources; feedback rewards are added here.
+        fixed_length: tokens of the longest completion, for `fixed_length` aggregation.
+        signals: what the recipe's stages read.
+        seed, step: key what is random (the random gate).
+        anchor_log_mean: state of the anchor stage from the batch before.
+
+    Raises:
+        ValueError: a signal that a stage reads is absent.
     """
-    rollouts = Members(valid_PG=members.rollout_PG, kind_PG=members.kind_PG, segment_PGT=members.segment_PGT)
-    advantage_PG, live_P = group_advantages(rollouts, reward_PG, settings.std_mode, settings.eps)
-    weight_PGT = token_weights(rollouts, settings.aggregation, fixed_length)
+    signals = signals or Signals()
+    carriers = _carriers(members, settings)
+    anchors, metrics = _anchors(members, settings, signals, anchor_log_mean)
+    if anchors is not None:
+        reward_PG = _feedback_rewards(carriers, reward_PG, settings, signals, anchors)
+    advantage_PG, live_P = _advantages(carriers, reward_PG, settings, signals)
+    for factor_PG, told in _multipliers(carriers, advantage_PG, settings, signals, anchors):
+        advantage_PG = advantage_PG * factor_PG
+        metrics |= told
+    gate_P, told = _gate(members, carriers, settings, signals, seed, step)
+    metrics |= told
+    token_PGT = token_weights(carriers, settings.aggregation, fixed_length)
+    gated_PGT = token_PGT if gate_P is None else token_PGT * gate_P[:, None, None]
+    policy_PGT = gated_PGT * settings.policy_weight
+    if settings.truncation.level is not TruncationLevel.NONE:
+        factor_PGT = truncated_weights(
+            carriers,
+            needed(signals.logp_PGT, "logp_PGT"),
+            needed(signals.engine_logp_PGT, "engine_logp_PGT"),
+            settings.truncation,
+        )
+        policy_PGT = policy_PGT * factor_PGT
+        metrics |= truncation_metrics(carriers, factor_PGT, settings.truncation)
+    detached = anchors is not None and settings.anchor.ratio is AnchorRatio.DETACHED
     coefficients = Coefficients(
-        advantage_PGT=advantage_PG.unsqueeze(-1) * rollouts.token_mask_PGT,
-        policy_weight_PGT=weight_PGT,
-        kl_weight_PGT=weight_PGT * settings.beta,
+        advantage_PGT=advantage_PG.unsqueeze(-1) * carriers.token_mask_PGT,
+        policy_weight_PGT=policy_PGT,
+        kl_weight_PGT=gated_PGT * settings.beta,
         nll_weight_PGT=_nll_weights(members) * settings.nll_weight,
         live_P=live_P,
+        entropy_weight_PGT=gated_PGT * settings.entropy_weight if settings.entropy_weight else None,
+        detached_PGT=_anchor_tokens(carriers) if detached else None,
+        anchor_log_mean=anchor_log_mean if anchors is None else anchors.weights.moving_log_mean,
     )
-    return coefficients, _metrics(rollouts, advantage_PG, live_P)
+    return coefficients, metrics | _metrics(carriers, advantage_PG, live_P, gate_P)
+
+
+def _carriers(members: Members, settings: ObjectiveSettings) -> Members:
+    """The members that carry an advantage."""
+    valid_PG = members.rollout_PG
+    if settings.anchor.mode in (AnchorMode.APPEND, AnchorMode.REPLACE_LAST):
+        valid_PG = valid_PG | (members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR]))
+    return Members(valid_PG=valid_PG, kind_PG=members.kind_PG, segment_PGT=members.segment_PGT)
+
+
+def _anchor_tokens(carriers: Members) -> Tensor:
+    return carriers.token_mask_PGT & (carriers.kind_PG == KIND_CODE[Kind.ANCHOR]).unsqueeze(-1)
+
+
+def _anchors(
+    members: Members, settings: ObjectiveSettings, signals: Signals, log_mean: float | None
+) -> tuple[_Anchors | None, dict[str, float]]:
+    if settings.anchor.mode is AnchorMode.NONE:
+        return None, {}
+    member_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR])
+    has_P = member_PG.any(1)
+    silent_P = has_P & ~needed(signals.responded_P, "responded_P")
+    logp_PG = policy_scores(members, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
+    weights = anchor_weights(
+        logp_PG.masked_fill(~member_PG, 0.0).sum(1),
+        needed(signals.anchor_logp0_P, "anchor_logp0_P"),
+        has_P,
+        settings.anchor,
+        log_mean,
+    )
+    metrics = dict(weights.metrics)
+    confidence_P = torch.zeros(len(has_P), dtype=logp_PG.dtype)
+    if settings.tempering.mode is not TemperingMode.NONE:
+        certainty_PG = self_certainty(
+            members, needed(signals.certainty_PGT, "certainty_PGT"), needed(signals.choices_PGT, "choices_PGT")
+        )
+        own_P = certainty_PG.masked_fill(~member_PG, 0.0).sum(1)
+        confidence_P = confidence(own_P, silent_P, settings.tempering.scale)
+        if silent_P.any():
+            factor_P = row_factors(confidence_P, silent_P, settings.tempering.mode)
+            metrics["tempering/mean"] = float(factor_P[silent_P].double().mean())
+            metrics["tempering/confidence"] = float(confidence_P[silent_P].double().mean())
+    metrics["anchor/silent_share"] = float(silent_P.double().mean())
+    return _Anchors(member_PG, silent_P, confidence_P, weights), metrics
+
+
+def _feedback_rewards(
+    carriers: Members, reward_PG: Tensor, settings: ObjectiveSettings, signals: Signals, anchors: _Anchors
+) -> Tensor:
+    """The rewards with those of the feedback; rows without an anchor as they are."""
+    has_P1 = anchors.member_PG.any(1)[:, None]
+    matched_PG = needed(signals.matched_PG, "matched_PG") & carriers.valid_PG & has_P1
+    formatted_PG = needed(signals.formatted_PG, "formatted_PG") & carriers.valid_PG & has_P1
+    item_PG, format_PG = feedback_rewards(
+        matched_PG, formatted_PG, needed(signals.responded_P, "responded_P"), settings.anchor
+    )
+    item_PG = tempered_rewards(item_PG, matched_PG, anchors.confidence_P, anchors.silent_P, settings.tempering)
+    total_PG = reward_PG + (item_PG + format_PG).to(reward_PG.dtype) * signals.feedback_weight
+    if settings.anchor.snips is Snips.REWARD:
+        total_PG = torch.where(anchors.member_PG, total_PG * anchors.weights.weight_P[:, None], total_PG)
+    return total_PG
+
+
+def _advantages(carriers: Members, reward_PG: Tensor, settings: ObjectiveSettings, signals: Signals) -> GroupAdvantages:
+    if settings.reward_order is RewardOrder.GDPO:
+        return several_advantages(carriers, signals.part_PG, signals.part_weight, settings.std_mode, settings.eps)
+    return group_advantages(carriers, reward_PG, settings.std_mode, settings.eps)
+
+
+def _multipliers(
+    carriers: Members, advantage_PG: Tensor, settings: ObjectiveSettings, signals: Signals, anchors: _Anchors | None
+) -> list[tuple[Tensor, dict[str, float]]]:
+    """Non-negative factors of the advantages and their metrics; those at their identity are not there."""
+    factors: list[tuple[Tensor, dict[str, float]]] = []
+    if anchors is not None and settings.tempering.mode is not TemperingMode.NONE:
+        matched_PG = needed(signals.matched_PG, "matched_PG")
+        factors.append(
+            (tempering_multipliers(matched_PG, anchors.confidence_P, anchors.silent_P, settings.tempering), {})
+        )
+    if settings.window.kind is not WindowKind.NONE:
+        positive_PG = needed(signals.hit_PG, "hit_PG")
+        if signals.matched_PG is not None:
+            positive_PG = positive_PG | signals.matched_PG
+        score_PG = policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
+        weights = window_weights(carriers, score_PG, positive_PG, settings.window)
+        factors.append((weights.weight_PG, window_metrics(weights)))
+    if anchors is not None and settings.anchor.snips is Snips.ADVANTAGE:
+        weight_P1 = anchors.weights.weight_P[:, None].to(advantage_PG.dtype)
+        factors.append((torch.where(anchors.member_PG, weight_P1, torch.ones_like(advantage_PG)), {}))
+    for number, path in enumerate(settings.stages):
+        factor_PG = own_multipliers(path, carriers, signals, advantage_PG)
+        mean = float(factor_PG[carriers.valid_PG].double().mean()) if carriers.valid_PG.any() else 1.0
+        factors.append((factor_PG, {f"stages/{number}/mean": mean}))
+    return factors
+
+
+def _gate(
+    members: Members, carriers: Members, settings: ObjectiveSettings, signals: Signals, seed: int, step: int
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Factor of each prompt's policy and KL loss; None without a gate."""
+    gate = settings.gate
+    if gate.kind is GateKind.NONE:
+        return None, {}
+    if gate.asks_ranker and signals.ranker is None:
+        raise ValueError("the gate reads ranker scores, which the loop did not provide")
+    has_truth_P = (members.valid_PG & (members.kind_PG == KIND_CODE[Kind.GROUND_TRUTH])).any(1)
+    parts = gate_parts(
+        carriers,
+        score_PG=policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=gate.length_norm),
+        truth_score_P=needed(signals.truth_logp_P, "truth_logp_P"),
+        has_truth_P=has_truth_P,
+        hit_PG=needed(signals.hit_PG, "hit_PG"),
+        ranker=signals.ranker,
+        gate=gate,
+    )
+    open_P = gate_decisions(parts, has_truth_P, gate, seed=seed, step=step)
+    return gate_weights(open_P, gate.norm), gate_metrics(parts, open_P)
 
 
 def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
@@ -60,12 +254,15 @@ def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
     return mask / mask.sum(-1, keepdim=True).clamp_min(1) / mask.shape[0]
 
 
-def _metrics(rollouts: Members, advantage_PG: Tensor, live_P: Tensor) -> dict[str, float]:
-    valid_PG = rollouts.valid_PG
+def _metrics(carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Tensor | None) -> dict[str, float]:
+    valid_PG = carriers.valid_PG
     scored_P = valid_PG.any(1)
+    gradient_P = live_P & scored_P & (advantage_PG != 0).any(1)
+    if gate_P is not None:
+        gradient_P = gradient_P & (gate_P > 0)
     return {
         "groups/scored_share": float(scored_P.double().mean()),
-        "groups/live_share": float((live_P & scored_P).double().mean()),
+        "groups/live_share": float(gradient_P.double().mean()),
         "groups/zero_variance_share": float((~live_P & scored_P).double().mean()),
         "groups/members": float(valid_PG.sum(1).double().mean()),
         "advantage/sum": float(advantage_PG.double().sum()),

@@ -1,16 +1,24 @@
-"""The switches of plain GRPO.
+"""The switches of the objective: GRPO's own, and the stages, each with an identity default.
 
-Source: methods.md section 0. With every switch at its default this is GRPO as published, apart from `clip_high`,
-which is a separate switch (clip-higher) and equals `clip_low` by default.
+Source: methods.md sections 0 to 6. With every switch at its default this is GRPO as published, apart from `clip_high`,
+which is a separate switch (clip-higher) and equals `clip_low` by default. Combinations that make no sense are refused
+with the reason; those that depend on other sections of a job are refused in `trainer.objective_checks`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from data.errors import RequestError
 from data.settings import Settings
+from trainer.anchor import Anchor, AnchorMode, Snips
+from trainer.gate import Gate, GateKind
+from trainer.tempering import Tempering, TemperingMode, TemperOn
+from trainer.truncation import Truncation
+from trainer.window import Window
 
 
 class StdMode(StrEnum):
@@ -46,8 +54,17 @@ class Ratio(StrEnum):
     """Geometric mean over the completion: GSPO."""
 
 
+class RewardOrder(StrEnum):
+    """When several rewards become one."""
+
+    SUM = "sum"
+    """Weighted and summed, then normalised."""
+    GDPO = "gdpo"
+    """Each normalised within the group, then weighted and summed, then scaled over the batch."""
+
+
 class ObjectiveSettings(Settings):
-    """GRPO and its switches."""
+    """GRPO, its switches, and the stages around it."""
 
     std_mode: StdMode = StdMode.SAMPLE
     """Divisor of the centred rewards: population, sample (TRL, ReRe), or none (Dr.GRPO)."""
@@ -69,3 +86,58 @@ class ObjectiveSettings(Settings):
     """Passes over a rollout batch; with 1 pass and 1 minibatch every ratio is 1."""
     minibatches: int = Field(1, ge=1)
     """Optimiser steps per pass; divides batch_prompts."""
+    policy_weight: float = Field(1.0, ge=0, le=100.0)
+    """Weight of the policy loss; with nll_weight and no gate this is a fixed mixture of NLL and GRPO."""
+    entropy_weight: float = Field(0.0, ge=0, le=10.0)
+    """Weight of the entropy of the policy over the legal set, which is raised."""
+    reward_order: RewardOrder = RewardOrder.SUM
+    """sum (weigh, sum, normalise) or gdpo (normalise each reward, then weigh and sum)."""
+    window: Window = Window()
+    """Rank window on the negatives (TAWin)."""
+    gate: Gate = Gate()
+    """Which prompts get a policy loss (AdaGRPO)."""
+    anchor: Anchor = Anchor()
+    """The logged recommendation as a group member (ABPO)."""
+    tempering: Tempering = Tempering()
+    """Softer rows without a response (ABPO)."""
+    truncation: Truncation = Truncation()
+    """Importance correction between engine and learner."""
+    stages: tuple[str, ...] = ()
+    """Multipliers of your own, `package.module:function`; see trainer/own_stages.py."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.policy_weight == 0 and self.nll_weight == 0:
+            raise RequestError("objective.policy_weight", 0, "above 0, because nll_weight is 0: nothing would train")
+        if self.gate.kind is not GateKind.NONE and self.nll_weight == 0:
+            raise RequestError(
+                "objective.nll_weight", 0, "above 0 with a gate: a prompt whose gate is closed has the NLL alone"
+            )
+        self._check_anchor()
+        return self
+
+    def _check_anchor(self) -> None:
+        """Refuse what needs an anchor without one, and rewards that a division by the deviation would undo."""
+        anchored = self.anchor.mode is not AnchorMode.NONE
+        tempered = self.tempering.mode is not TemperingMode.NONE
+        if tempered and not anchored:
+            raise RequestError(
+                "objective.tempering.mode",
+                self.tempering.mode.value,
+                "none without objective.anchor.mode: only rows with a logged item can lack a response",
+            )
+        undone = "none: one anchor against its misses has the same normalised reward whatever its size"
+        if tempered and self.tempering.target is TemperOn.REWARD and self.std_mode is not StdMode.NONE:
+            raise RequestError(
+                "objective.std_mode",
+                self.std_mode.value,
+                f"{undone}, so objective.tempering.target reward would be lost",
+            )
+        if anchored and self.anchor.snips is Snips.REWARD and self.std_mode is not StdMode.NONE:
+            raise RequestError(
+                "objective.std_mode", self.std_mode.value, f"{undone}, so objective.anchor.snips reward would be lost"
+            )
+        if anchored and self.reward_order is RewardOrder.GDPO:
+            raise RequestError(
+                "objective.reward_order", "gdpo", "sum with an anchor: feedback is one reward, made in the objective"
+            )

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.constraint import LegalSets, legal_log_softmax
 from data.errors import RequestError
+from trainer.tempering import token_certainty
 from trainer.trees import TreeBatch, attention_mask
 
 _HEAD_TOLERANCE = 1e-3
@@ -54,7 +55,11 @@ class TokenScores(NamedTuple):
     legal_mass_K: Tensor
     """Probability of the legal set under the full vocabulary at temperature 1, without gradient."""
     entropy_K: Tensor
-    """Entropy of the renormalised policy in nats, without gradient."""
+    """Entropy of the renormalised policy in nats; with gradient where it was asked for."""
+    certainty_K: Tensor
+    """KL(uniform || renormalised policy) in nats, without gradient (`trainer.tempering.token_certainty`)."""
+    choices_K: Tensor
+    """Number of legal continuations."""
     legal_K: Tensor
     """bool, whether the token is in its legal set."""
 
@@ -67,7 +72,12 @@ def full_log_probabilities(logits_UV: Tensor, batch: TreeBatch) -> Tensor:
 
 
 def token_scores(
-    logits_UV: Tensor, batch: TreeBatch, legal: tuple[LegalSets, Tensor, Tensor], temperature: float
+    logits_UV: Tensor,
+    batch: TreeBatch,
+    legal: tuple[LegalSets, Tensor, Tensor],
+    temperature: float,
+    *,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Scores of the targets.
 
@@ -75,6 +85,7 @@ def token_scores(
         logits_UV: from `Policy`.
         legal: from `trainer.legal.LegalTable.sets`, for the same batch: sets `[U, C]`, place and legality `[K]`.
         temperature: the rollout temperature.
+        entropy_gradient: for an entropy bonus.
     """
     sets, place_K, legal_K = legal
     wide_UV = logits_UV.float()
@@ -85,12 +96,17 @@ def token_scores(
     with torch.no_grad():
         legal_UC = wide_UV.gather(1, sets.token_NC).masked_fill(~sets.legal_NC, -torch.inf)
         mass_U = (legal_UC.logsumexp(1) - log_total_U).exp()
+        certainty_U = token_certainty(logp_UC, sets.legal_NC)
+        choices_U = sets.legal_NC.sum(1).float()
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_U = -(logp_UC.exp() * logp_UC.masked_fill(~sets.legal_NC, 0.0)).sum(1)
     return TokenScores(
         logp_K=logp_K,
         full_logp_K=full_logp_K,
         legal_mass_K=mass_U[batch.source_K],
         entropy_K=entropy_U[batch.source_K],
+        certainty_K=certainty_U[batch.source_K],
+        choices_K=choices_U[batch.source_K],
         legal_K=legal_K,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from data.catalogue import Catalogue
+from data.dataset import Samples
 from data.feed import Feed
+from data.feedback import Anchors
+from data.feedback_reading import FeedbackChecks, read_feedback
 from data.records import NO_ITEM
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
+from trainer.anchor import Snips
 from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
@@ -69,6 +74,9 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     begun = time.monotonic()
     data = PolicyData.open(job)
     samples = data.dataset.samples("train")
+    anchors = None
+    if job.feedback is not None:
+        samples, anchors = feedback_samples(job, data)
     if job.data.latest_rows is not None:
         samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
     check_batch(job, len(samples))
@@ -108,6 +116,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "tracker": tracker,
             "item_tokens": data.catalogue.tokens,
             "max_tokens": data.catalogue.trie().depth,
+            "feedback": anchors,
         }
         if job.train_only is not None:
             loop: RlLoop = ReplayLoop(
@@ -123,6 +132,21 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "requests": 0 if rewards.client is None else rewards.client.requests,
         }
         return result
+
+
+def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
+    """The requests of the log as training rows, and their exposures by row; without a response there is no target.
+
+    Raises:
+        RequestError: a log that cannot be read or used, or exposures without propensities where those are asked for.
+    """
+    assert job.feedback is not None
+    weighed = job.objective.anchor.snips is not Snips.NONE
+    checks = FeedbackChecks(n_items=data.catalogue.n_items, active_I=data.catalogue.active, propensities=weighed)
+    log = read_feedback(job.feedback, checks)
+    samples, anchors = log.samples(), log.anchors()
+    target_N = np.where(anchors.response_N > 0, samples.target_N, NO_ITEM).astype(np.int32)
+    return dataclasses.replace(samples, target_N=target_N), anchors
 
 
 @contextmanager

@@ -79,6 +79,20 @@ class CooccurrenceSettings(Settings):
     """Weight of a history item relative to the next newer one."""
 
 
+class RankerBiasSettings(Settings):
+    """Training log of a ranker that is biased on purpose: popular items were exposed more, so more of them is left."""
+
+    keep: float = Field(1.0, gt=0, le=1)
+    """Expected share of the training events that is kept; 1 keeps all, the ranker is then not biased."""
+    exponent: float = Field(1.0, ge=0, le=10)
+    """An event is kept with a probability proportional to its item's training count to this power, at most 1."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is left out."""
+        return self.keep < 1
+
+
 class RankerSettings(Settings):
     """The ranker and its training."""
 
@@ -88,3 +102,5 @@ class RankerSettings(Settings):
     """Used with kind sasrec."""
     cooccurrence: CooccurrenceSettings = CooccurrenceSettings()
     """Used with kind cooccurrence."""
+    bias: RankerBiasSettings = RankerBiasSettings()
+    """Subsampling of the training log by popularity, for a biased reward model (AdaGRPO)."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from data.dataset import Dataset
+from data.dataset import Dataset, Sequences
 from data.errors import RequestError
 from reward.artefact import DESCRIPTION, RankerArtefact
 from reward.cooccurrence import CooccurrenceRanker
@@ -32,6 +32,7 @@ from reward.ranker import CatalogueRanker, open_ranker
 from reward.ranking import evaluate_ranker
 from reward.sasrec import SASRecRanker
 from trainer.jobs import RankerJob
+from trainer.popularity_bias import item_counts, popularity_subsample
 from trainer.ranker_settings import RankerKind
 from trainer.sasrec_training import Arrays, SASRecTraining
 
@@ -84,11 +85,13 @@ def train_ranker(
         return _Run(job, dataset, folder, identity, log).train(interrupted)
     ranker: PopularityRanker | CooccurrenceRanker
     if job.ranker.kind is RankerKind.POPULARITY:
-        ranker = PopularityRanker(dataset.train_counts())
+        biased = job.ranker.bias.on
+        counts = item_counts(training_sequences(job, dataset), dataset.n_items) if biased else dataset.train_counts()
+        ranker = PopularityRanker(counts)
     else:
         settings = job.ranker.cooccurrence
         ranker = CooccurrenceRanker.fit(
-            dataset.sequences("train"),
+            training_sequences(job, dataset),
             dataset.n_items,
             window=settings.window,
             normalisation=settings.normalisation,
@@ -99,6 +102,14 @@ def train_ranker(
     digest = ranker.save(folder, identity | {"value": value, "step": 0, "last_step": 0, "stopped": "fitted"})
     log(0, {job.evaluation.metric: value})
     return TrainedRanker(ranker=ranker, folder=folder, digest=digest, value=value, step=0, stopped="fitted")
+
+
+def training_sequences(job: RankerJob, dataset: Dataset) -> Sequences:
+    """The training sequences, subsampled by popularity where the job says so."""
+    sequences = dataset.sequences("train")
+    if not job.ranker.bias.on:
+        return sequences
+    return popularity_subsample(sequences, dataset.n_items, job.ranker.bias, seed=job.seed)
 
 
 def validate(ranker: CatalogueRanker, job: RankerJob, dataset: Dataset) -> dict[str, float]:
@@ -139,7 +150,11 @@ class _Run:
         self.identity = identity
         self.log = log
         self.training = SASRecTraining(
-            dataset.sequences("train"), dataset.n_items, job.ranker.sasrec, history=job.data.history, seed=job.seed
+            training_sequences(job, dataset),
+            dataset.n_items,
+            job.ranker.sasrec,
+            history=job.data.history,
+            seed=job.seed,
         )
         self.best: Arrays = {}
         self.best_value = -math.inf
@@ -288,6 +303,9 @@ def _identity(job: RankerJob, dataset: Dataset) -> dict[str, object]:
     """What must be equal for an artefact or state to belong to this job."""
     relevant = job.model_dump(mode="json", exclude={"tracking", "checkpoints"})
     relevant["data"]["dataset"] = dataset.fingerprint
+    if not job.ranker.bias.on:
+        # Without bias its exponent means nothing, and artefacts from before there was one stay this job's.
+        del relevant["ranker"]["bias"]
     return {"job": xxhash.xxh3_128_hexdigest(json.dumps(relevant).encode()), "dataset": dataset.fingerprint}
 
 

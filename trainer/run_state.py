@@ -38,6 +38,8 @@ class RunState:
     """State of the reward failure tracker."""
     noise: dict[str, float] | None = None
     """The learner's own gap to float32, as measured last; none for a learner in float32."""
+    anchor_log_mean: float | None = None
+    """Logarithm of the moving mean of the anchors' importance weights; none before the first."""
 
     def save(self, folder: Path) -> None:
         """Write the file into a checkpoint that is being written."""

@@ -13,7 +13,7 @@ import pytest
 
 from launch import cli
 from launch.provenance import ROOT
-from tests.requirements import require
+from tests.requirements import SHARED_DATA, require
 
 
 def answer(capsys: pytest.CaptureFixture[str], schema: str, *arguments: str) -> None:
@@ -36,3 +36,9 @@ def test_data_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     answer(capsys, "data-inspect", "data", "inspect", "--dataset", folder)
     sizes = ["--level-sizes", "32", "32", "32", "--dims", "16"]
     answer(capsys, "data-ids", "data", "ids", "--dataset", folder, "--source", "cooccurrence", *sizes)
+
+
+def test_bandit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require("shared-data")
+    sample = str(SHARED_DATA / "open_bandit_sample")
+    answer(capsys, "data-bandit", "data", "bandit", "--path", sample, "--policy", "bts", "--out", str(tmp_path / "log"))

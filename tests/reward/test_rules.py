@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.rules import item_match, percentile, rank_penalty
+from reward.rules import below_lowest, item_match, percentile, rank_penalty
 
 GROUP = st.lists(st.tuples(st.integers(-1, 4), st.booleans()), min_size=1, max_size=8)
 
@@ -56,3 +56,13 @@ def test_percentile_equals_the_plain_loop(group: list[tuple[int, bool]]) -> None
             expected.append(lower / (len(scores) - 1))
     got = percentile(np.array([[s for s, _ in group]], np.float32), np.array([[v for _, v in group]]))
     assert got[0] == pytest.approx(expected)
+
+
+def test_an_invalid_completion_is_a_deviation_below_the_lowest() -> None:
+    score_PG = np.array([[1.0, 3.0, 0.0, 9.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    known_PG = np.array([[True, True, False, False], [False] * 4])
+    valid_PG = np.array([[True, True, True, False], [True, False, False, False]])
+    found = below_lowest(score_PG, known_PG, valid_PG)
+    assert found.tolist() == [[1, 3, 0, 9], [0, 0, 0, 0]]  # 1 - the deviation of (1, 3), which is 1
+    shifted = below_lowest(score_PG + 5, known_PG, valid_PG)
+    assert shifted[0, 2] == 5

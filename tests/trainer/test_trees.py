@@ -72,6 +72,27 @@ def test_scores_equal_plain_forwards(model: Path, row_tokens: int) -> None:
             assert value_K[index] == pytest.approx(float(exact), abs=2e-5)
 
 
+def test_certainty_and_entropy_are_those_of_the_legal_set(model: Path) -> None:
+    completions = make_completions()
+    policy = Policy(load_language_model(model, torch.float32))
+    batch = packed(completions, 64)
+    table = replay(make_constraint(), completions, range(completions.shape[0]))
+    logits_UV = policy(batch)
+    scores = token_scores(logits_UV, batch, table.sets(batch), 0.7, entropy_gradient=True)
+    sets, _, _ = table.sets(batch)
+    for index, source in enumerate(batch.source_K.tolist()):
+        legal = sets.token_NC[source][sets.legal_NC[source]]
+        log_p = torch.log_softmax(logits_UV[source, legal].detach().double() / 0.7, 0)
+        uniform = -torch.log(torch.tensor(float(len(legal)), dtype=torch.float64))
+        assert scores.choices_K[index] == len(legal)
+        assert float(scores.certainty_K[index]) == pytest.approx(float((uniform - log_p).mean()), abs=1e-5)
+        assert float(scores.entropy_K[index].detach()) == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-5)
+    assert not scores.certainty_K.requires_grad
+    torch.autograd.backward(scores.entropy_K.sum())
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+    assert any((p.grad != 0).any() for p in policy.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("ratio", list(Ratio))
 def test_gradient_of_trees_equals_that_of_rows(model: Path, ratio: Ratio) -> None:
     completions = make_completions()

@@ -1,0 +1,147 @@
+"""The RL loop in one process with every kind of stage on: gate, anchors, window, tempering, truncation, entropy.
+
+Checks that steps run, tell their metrics and continue to the bit, with the state of the anchor stage. The ranker is a
+fake. What the stages compute: test_composition.py; plain GRPO: test_loop.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import RunError
+from data.feedback import Anchors
+from data.records import RewardFailure
+from reward.batch_scoring import BatchScores
+from reward.client import RewardClient
+from reward.scoring import RewardScorer
+from reward.wire import ScoreCall
+from tests.requirements import require
+from tests.small_world import recipe, write_dataset
+from tests.trainer.test_loop import World, host_of, weights
+from trainer.jobs import RlJob
+from trainer.loop import RlLoop
+from trainer.policy_data import PolicyData
+from trainer.run_state import RunState
+
+OBJECTIVE = {
+    "nll_weight": 0.2,
+    "entropy_weight": 0.01,
+    "beta": 0.01,
+    "window": {"kind": "soft", "anchor_rank": 2, "negatives": "sample"},
+    "gate": {"kind": "inverted"},
+    "anchor": {"mode": "replace_last"},
+    "tempering": {"mode": "soften_confident"},
+    "truncation": {"level": "sequence"},
+    "minibatches": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    require("deepspeed")
+    folder = tmp_path_factory.mktemp("stages")
+    dataset = write_dataset(folder / "source")
+    content = recipe(
+        dataset.path,
+        "rl",
+        rollout={"engine": "reference", "decode": "sample"},
+        objective=OBJECTIVE,
+        reward={"item_match": 0.0, "rank_penalty": 0.0, "feedback": 1.0, "ranker": "fake"},
+        feedback=str(folder / "log"),
+    )
+    job = RlJob.model_validate(content)
+    made = World(job=job, data=PolicyData.open(job), folder=folder)
+    yield made
+    for group in made.built:
+        group.close()
+
+
+class FakeRanker:
+    """Scores by a hash of history and item; fails every sample from a call on."""
+
+    def __init__(self, fails_from: int = 10**6) -> None:
+        self.calls = 0
+        self.fails_from = fails_from
+
+    def __call__(self, call: ScoreCall, deadline_s: float) -> BatchScores:
+        self.calls += 1
+        if self.calls >= self.fails_from:
+            return BatchScores.failed(len(call), RewardFailure.BAD_REQUEST)
+        pairs = zip(call.histories(), call.candidates(), strict=True)
+        scores = [((items * 7919 + int(history.sum())) % 31).astype(np.float32) for history, items in pairs]
+        return BatchScores(scores=scores, failure_N=np.full(len(call), "", "U16"))
+
+
+def build(world: World, name: str, *, ranker: FakeRanker | None = None, **arguments: Any) -> RlLoop:
+    """A loop on the training rows as a log: every other row has a response."""
+    job = world.job
+    plain = dataclasses.replace(
+        world, job=job.model_copy(update={"reward": job.reward.model_copy(update={"ranker": None})})
+    )
+    loop = plain.build(name, **arguments)
+    world.built[:] = plain.built
+    samples = loop.feed.samples
+    rows = int(samples.sample_id_N.max()) + 1
+    item_N = np.zeros(rows, np.int32)
+    item_N[samples.sample_id_N] = samples.target_N
+    loop.job = job
+    loop.feedback = Anchors(
+        item_N=item_N,
+        response_N=(np.arange(rows) % 2).astype(np.float32),
+        logp0_N=np.full(rows, -3.0, np.float32),
+        policy_version_N=np.full(rows, "v0"),
+    )
+    loop.rewards = RewardScorer(job.reward, RewardClient(ranker or FakeRanker(), job.reward, sleep=lambda _: None))
+    return loop
+
+
+def test_every_stage_tells_its_metrics(world: World) -> None:
+    loop = build(world, "every")
+    assert loop.run() == "max_steps"
+    for step in (1, 2, 3):
+        metrics = host_of(loop).steps[step]
+        for name in (
+            "gate/open",
+            "gate/hard",
+            "gate/head",
+            "gate/tail",
+            "anchor/weight_mean",
+            "anchor/effective_size",
+            "anchor/not_legal",
+            "tempering/mean",
+            "window/mass/0",
+            "truncation/mean",
+            "advantage/sum",
+            "groups/live_share",
+        ):
+            assert np.isfinite(metrics[name]), name
+        assert metrics["policy_gap/max"] < 1e-4
+        assert metrics["truncation/mean"] == pytest.approx(1, abs=1e-3)
+        assert metrics["groups/members"] == pytest.approx(8, abs=0.5)
+    assert loop.state.anchor_log_mean is not None
+
+
+def test_a_restart_continues_to_the_bit_with_the_moving_mean(world: World) -> None:
+    whole = build(world, "whole")
+    whole.run()
+    expected, steps = weights(whole, world.folder / "whole-hf"), host_of(whole).steps
+    kept: RunState = host_of(whole).saved[1]
+    assert kept.anchor_log_mean is not None
+    again = build(world, "again", state=kept, load=world.folder / "whole" / "state-1")
+    again.run()
+    assert weights(again, world.folder / "again-hf") == expected
+    for step in (2, 3):
+        assert host_of(again).steps[step] == steps[step]
+
+
+def test_a_gate_without_scores_stops_the_run_after_a_checkpoint(world: World) -> None:
+    # Two calls a step: the reward's, then the gate's; the second step's gate is the fourth.
+    loop = build(world, "silent", ranker=FakeRanker(fails_from=4))
+    with pytest.raises(RunError, match=r"step 2: the gate has no ranker scores for 8 of 8 prompts \(bad_request\)"):
+        loop.run()
+    assert 1 in host_of(loop).saved

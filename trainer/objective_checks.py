@@ -1,0 +1,95 @@
+"""Objectives that make no sense in their job: what a stage needs from rollouts, rewards and data.
+
+Checks within the objective alone are in `trainer.objective_settings`. Each refusal says why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.errors import RequestError
+from data.records import Decode
+from reward.settings import RewardSettings
+from rollout.settings import RolloutSettings
+from trainer.anchor import AnchorMode
+from trainer.gate import GateKind
+from trainer.objective_settings import ObjectiveSettings, RewardOrder
+from trainer.own_stages import load_stage
+from trainer.truncation import TruncationLevel
+from trainer.window import Negatives, WindowKind
+
+
+def check_objective(
+    objective: ObjectiveSettings,
+    rollout: RolloutSettings,
+    reward: RewardSettings,
+    *,
+    batch_prompts: int,
+    feedback: Path | None,
+) -> None:
+    """Refuse an objective that its job cannot feed.
+
+    Raises:
+        RequestError: names the field to change and the reason.
+    """
+    _check_window(objective, rollout)
+    _check_gate(objective, reward, batch_prompts)
+    _check_feedback(objective, reward, feedback)
+    level = objective.truncation.level
+    if level in (TruncationLevel.ITEM, TruncationLevel.SEQUENCE) and rollout.decode is Decode.BEAM:
+        raise RequestError(
+            "objective.truncation.level",
+            level.value,
+            "none or token with rollout.decode beam: beams are not drawn, so a whole completion has no propensity",
+        )
+    sources = sum(weight != 0 for weight in reward.part_weights().values())
+    if objective.reward_order is RewardOrder.GDPO and sources < 2:
+        raise RequestError("objective.reward_order", "gdpo", "sum: there is only one reward with a weight")
+    for path in objective.stages:
+        load_stage(path)
+
+
+def _check_window(objective: ObjectiveSettings, rollout: RolloutSettings) -> None:
+    window = objective.window
+    if window.kind is WindowKind.NONE:
+        return
+    if window.anchor_rank + 1 >= rollout.width:
+        raise RequestError(
+            "objective.window.anchor_rank",
+            window.anchor_rank,
+            f"at most {rollout.width - 2}: a group of rollout.width {rollout.width} with the hit has "
+            f"{rollout.width - 1} negatives",
+        )
+    if (window.negatives is Negatives.BEAM) != (rollout.decode is Decode.BEAM):
+        other = "beam" if rollout.decode is Decode.BEAM else "sample"
+        raise RequestError(
+            "objective.window.negatives",
+            window.negatives.value,
+            f"{other}, because rollout.decode is {rollout.decode.value}",
+        )
+
+
+def _check_gate(objective: ObjectiveSettings, reward: RewardSettings, batch_prompts: int) -> None:
+    gate = objective.gate
+    if gate.asks_ranker and not reward.asks_ranker:
+        raise RequestError(
+            "reward.ranker", "none", f"a ranker, because objective.gate.kind {gate.kind.value} compares its scores"
+        )
+    if gate.kind is not GateKind.NONE and gate.asks_negatives and batch_prompts < 2:
+        raise RequestError("batch_prompts", batch_prompts, "2 or more: cross-negatives come from other prompts")
+
+
+def _check_feedback(objective: ObjectiveSettings, reward: RewardSettings, feedback: Path | None) -> None:
+    anchored = objective.anchor.mode is not AnchorMode.NONE
+    if anchored and feedback is None:
+        raise RequestError("feedback", "none", "a feedback log, because objective.anchor needs logged exposures")
+    if anchored != (reward.feedback > 0):
+        legal = "above 0 with objective.anchor" if anchored else "0 without objective.anchor, which it belongs to"
+        raise RequestError("reward.feedback", reward.feedback, legal)
+    if anchored and (reward.ranker_score or reward.rank_penalty or reward.item_match):
+        raise RequestError(
+            "reward.feedback",
+            reward.feedback,
+            "the only weight: the anchor has no reward of item_match, rank_penalty or ranker_score, so its group "
+            "would compare it with rollouts that do",
+        )

@@ -1,0 +1,144 @@
+"""Scores of the target and of sampled negatives, row by row, kept per checkpoint for AUC and windowed AUC.
+
+`RUN/scores/NAME.parquet` has a row per evaluated sample: `sample_id:int64`, `user_id:int32`, `score:list<float32>` with
+the target's first. The candidates are drawn by (seed, sample id), so they are the same under every checkpoint.
+
+Suffixes: `_N` row, `_M` candidate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.catalogue import Catalogue
+from data.errors import RequestError
+from data.parquet import open_parquet, read_table
+from data.records import FloatArray, IntArray, LongArray, Prompt
+from reward.checkpoint_correlation import CheckpointScores
+
+FORMAT: Final = 1
+METADATA: Final = b"windlass.scores"
+SCHEMA: Final = pa.schema(
+    [pa.field("sample_id", pa.int64()), pa.field("user_id", pa.int32()), pa.field("score", pa.list_(pa.float32()))]
+)
+_NEGATIVE_STREAM: Final = 17
+
+
+class Scorer(Protocol):
+    """What scores completions: a fleet, or one engine."""
+
+    def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
+        """Full-vocabulary log-probabilities of each completion token at temperature 1."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """Scores of one checkpoint."""
+
+    sample_id_N: LongArray
+    user_id_N: IntArray
+    score_NM: FloatArray
+    """Log-probability of each candidate's path over the full vocabulary; the target is candidate 0."""
+    unreachable: int
+    """Rows left out, because the target is excluded, retired or unknown, or too few items are left as negatives."""
+
+
+def candidates(prompt: Prompt, catalogue: Catalogue, negatives: int, seed: int) -> IntArray | None:
+    """The target, then `negatives` other permitted items, drawn evenly without replacement; None where it cannot be."""
+    permitted_I = catalogue.active.copy()
+    permitted_I[prompt.exclusions] = False
+    if not 0 <= prompt.target < catalogue.n_items or not permitted_I[prompt.target]:
+        return None
+    permitted_I[prompt.target] = False
+    others = np.flatnonzero(permitted_I)
+    if len(others) < negatives:
+        return None
+    random = np.random.default_rng([seed, _NEGATIVE_STREAM, prompt.prompt_id])
+    drawn = random.choice(others, size=negatives, replace=False)
+    return np.concatenate([[prompt.target], drawn]).astype(np.int32)
+
+
+def score_rows(
+    scorer: Scorer, prompts: Sequence[Prompt], catalogue: Catalogue, *, negatives: int, seed: int, batch: int = 64
+) -> RowScores:
+    """Score the target and sampled negatives of every prompt.
+
+    Raises:
+        RequestError: no prompt has a target that can be recommended and enough negatives.
+    """
+    drawn = [candidates(prompt, catalogue, negatives, seed) for prompt in prompts]
+    chosen = [(prompt, items) for prompt, items in zip(prompts, drawn, strict=True) if items is not None]
+    if not chosen:
+        raise RequestError("negatives", negatives, f"fewer than the items of the catalogue, {catalogue.n_items}")
+    rows: list[FloatArray] = []
+    for first in range(0, len(chosen), batch):
+        part = chosen[first : first + batch]
+        asked = [prompt.token_ids for prompt, items in part for _ in items]
+        paths = [catalogue.tokens(int(item)) for _, items in part for item in items]
+        total = np.array([logp.sum(dtype=np.float64) for logp in scorer.score(asked, paths)], np.float32)
+        rows.append(total.reshape(len(part), negatives + 1))
+    return RowScores(
+        sample_id_N=np.array([prompt.prompt_id for prompt, _ in chosen], np.int64),
+        user_id_N=np.array([prompt.user_id for prompt, _ in chosen], np.int32),
+        score_NM=np.concatenate(rows),
+        unreachable=len(prompts) - len(chosen),
+    )
+
+
+def write_row_scores(run_dir: Path, name: str, scores: RowScores, recall: dict[int, float]) -> Path:
+    """Write `RUN/scores/NAME.parquet`, atomically, with the checkpoint's Recall@K by K."""
+    folder = run_dir / "scores"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [pa.array(scores.sample_id_N), pa.array(scores.user_id_N), pa.array(scores.score_NM.tolist())]
+    arrays = [column.cast(field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    head = {"format": FORMAT, "recall": recall, "unreachable": scores.unreachable}
+    table = pa.table(arrays, schema=SCHEMA).replace_schema_metadata({METADATA: json.dumps(head)})
+    path, temporary = folder / f"{name}.parquet", folder / f".{name}.partial"
+    pq.write_table(table, temporary)
+    temporary.rename(path)
+    return path
+
+
+def read_run_scores(run_dir: Path) -> dict[str, CheckpointScores]:
+    """Scores of every checkpoint of a run by name, in the order of the names.
+
+    Raises:
+        RequestError: there are none, a damaged file, or checkpoints that scored other rows.
+    """
+    paths = sorted((run_dir / "scores").glob("*.parquet"))
+    if not paths:
+        raise RequestError(str(run_dir / "scores"), "no NAME.parquet", "a run whose checkpoints were scored")
+    found: dict[str, CheckpointScores] = {}
+    first: tuple[list[int], int] | None = None
+    for path in paths:
+        raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA)
+        try:
+            head = json.loads(raw or b"{}")
+            recall = {int(k): float(value) for k, value in head.get("recall", {}).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RequestError(str(path), f"is damaged ({error!r})", f"scores, format {FORMAT}") from error
+        if head.get("format") != FORMAT:
+            raise RequestError(str(path), f"format {head.get('format')!r}", f"scores, format {FORMAT}")
+        table = read_table(path, SCHEMA).combine_chunks()
+        width = set(table["score"].combine_chunks().value_lengths().to_pylist())
+        if len(width) != 1 or None in width:
+            raise RequestError(f"{path}: score", f"lists of {sorted(map(str, width))} numbers", "lists of one length")
+        rows = (table["sample_id"].to_pylist(), next(iter(width)))
+        first = first or rows
+        if rows != first:
+            raise RequestError(str(path), "other rows or another number of negatives", f"those of {paths[0].name}")
+        flat = table["score"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        score_NM = np.asarray(flat, np.float64).reshape(len(table), rows[1])
+        positive_NM = np.zeros(score_NM.shape, np.bool_)
+        positive_NM[:, 0] = True
+        found[path.stem] = CheckpointScores(score_NM=score_NM, positive_NM=positive_NM, recall=recall)
+    return found
