@@ -6,6 +6,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Timings never decide a test: on a loaded machine an example may take any time.
+settings.register_profile("windlass", deadline=None)
+settings.load_profile("windlass")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
