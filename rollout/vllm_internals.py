@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import RequestError
 from rollout.paging import CacheShape, Placement
 
 VLLM_VERSION = "0.32.0"
@@ -121,11 +122,13 @@ def view(runner: Any) -> RunnerView:
     """The view of a live model runner.
 
     Raises:
-        NotImplementedError: the model has other than one kind of attention layer (sliding window, Mamba, …).
+        RequestError: the model has other than one kind of attention layer (sliding window, Mamba, …).
     """
     groups = [group for kind in runner.attn_groups for group in kind]
     if len(groups) != 1:
-        raise NotImplementedError(f"models with {len(groups)} kinds of attention layers; one kind is supported")
+        raise RequestError(
+            "model", f"{len(groups)} kinds of attention layers", "a model with one kind, or the reference engine"
+        )
     names = list(groups[0].layer_names)
     layers = runner.vllm_config.compilation_config.static_forward_context
     caches = [layers[name].kv_cache for name in names]
