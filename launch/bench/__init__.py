@@ -1,0 +1,1 @@
+"""`windlass bench`: what is timed, against what, and whether it was right."""
