@@ -50,8 +50,8 @@ class RewardScorer:
         target_P = np.array([prompt.target for prompt in prompts], dtype=np.int32)
         valid_PG, item_PG = groups.valid_PG, groups.item_PG
         excluded_P = np.array([prompt.target in prompt.exclusions for prompt in prompts], dtype=np.bool_)
-        matched_PG = self._paths(item_PG)
-        wanted_P = np.where(excluded_P, NO_ITEM, self._paths(target_P))
+        matched_PG = self.paths(item_PG)
+        wanted_P = np.where(excluded_P, NO_ITEM, self.paths(target_P))
         parts = {
             ITEM_MATCH: item_match(matched_PG, wanted_P, valid_PG),
             RANK_PENALTY: rank_penalty(matched_PG, wanted_P, valid_PG),
@@ -82,8 +82,8 @@ class RewardScorer:
             raise ValueError("raw scores were asked for, but no ranker is configured")
         return self.client.score([prompt.history for prompt in prompts], wanted)
 
-    def _paths(self, item: IntArray) -> IntArray:
-        """What is compared: the items, or the number of their path."""
+    def paths(self, item: IntArray) -> IntArray:
+        """What tells answers apart: the items, or the numbers of their paths; `NO_ITEM` for what is no active item."""
         if self._path_id_I is None:
             return item
         known = (item >= 0) & (item < len(self._path_id_I))

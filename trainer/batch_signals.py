@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.catalogue import Catalogue
 from data.feedback import Anchors
 from data.records import NO_ITEM, BoolArray, FloatArray, IntArray, Kind, Prompt, ScoredGroups
 from trainer.anchor import AnchorMode
@@ -19,8 +20,9 @@ from trainer.members import KIND_CODE, Members
 from trainer.objective_settings import ObjectiveSettings
 from trainer.signals import Signals
 from trainer.trees import Completions
+from trainer.window import Negatives
 
-ItemTokens = Callable[[int], IntArray]
+Paths = Callable[[IntArray], IntArray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +55,41 @@ class Extended:
 
 def scored_extras(settings: ObjectiveSettings) -> bool:
     """Whether the learner must score the further members too, not only train on them."""
-    return settings.gate.kind is not GateKind.NONE or settings.anchor.mode is not AnchorMode.NONE
+    return (
+        settings.gate.kind is not GateKind.NONE
+        or settings.anchor.mode is not AnchorMode.NONE
+        or settings.window.negatives is Negatives.RANDOM
+    )
 
 
 def extended(
     completions: Completions,
     prompts: Sequence[Prompt],
     settings: ObjectiveSettings,
-    item_tokens: ItemTokens,
+    catalogue: Catalogue,
     feedback: FeedbackRows | None,
+    negative_PN: IntArray | None = None,
 ) -> Extended:
-    """The groups with the ground truth (for NLL and gate) and the anchor, where the recipe has a use for them."""
+    """The groups with the ground truth (for NLL and gate), negatives and the anchor, where the recipe has a use for them.
+
+    Args:
+        negative_PN: random items (`trainer.random_negatives`); None without.
+    """
     extra: list[Kind] = []
     rollouts = completions.shape[1]
     if settings.nll_weight:
-        truth = [item_tokens(prompt.target) if prompt.target >= 0 else None for prompt in prompts]
-        completions = completions.with_member(truth)
+        target_P1 = np.array([prompt.target for prompt in prompts], dtype=np.int32)[:, None]
+        completions = completions.with_members(*catalogue.padded_tokens(target_P1))
         extra.append(Kind.GROUND_TRUTH)
+    if negative_PN is not None:
+        completions = completions.with_members(*catalogue.padded_tokens(negative_PN))
+        extra += [Kind.NEGATIVE] * negative_PN.shape[1]
     if settings.anchor.mode is not AnchorMode.NONE:
         if feedback is None:
             raise ValueError("the objective has an anchor, but the prompts come without feedback")
         if settings.anchor.mode is AnchorMode.REPLACE_LAST:
             completions = _without_last(completions, rollouts)
-        completions = completions.with_member([item_tokens(int(item)) for item in feedback.item_P])
+        completions = completions.with_members(*catalogue.padded_tokens(feedback.item_P[:, None]))
         extra.append(Kind.ANCHOR)
     return Extended(completions=completions, extra=tuple(extra))
 
@@ -96,9 +110,8 @@ def without_illegal_anchors(members: Members, legal_PGT: BoolArray) -> tuple[Mem
     Their log-probability on the legal set does not exist, so they have no importance weight.
     """
     legal_PG = (torch.from_numpy(legal_PGT) | ~members.token_mask_PGT).all(-1)
-    gone_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR]) & ~legal_PG
-    kept = Members(valid_PG=members.valid_PG & ~gone_PG, kind_PG=members.kind_PG, segment_PGT=members.segment_PGT)
-    return kept, int(gone_PG.sum())
+    gone_PG = members.of_kind(Kind.ANCHOR) & ~legal_PG
+    return members.limited_to(~gone_PG), int(gone_PG.sum())
 
 
 def batch_signals(
@@ -109,20 +122,28 @@ def batch_signals(
     scores: ScoreOutputs,
     *,
     part_weight: dict[str, float],
+    paths: Paths,
     feedback_weight: float = 1.0,
     ranker: RankerScores | None = None,
     feedback: FeedbackRows | None = None,
+    negative_PN: IntArray | None = None,
 ) -> Signals:
-    """Signals in the order of the members, with zeros where the learner or the ranker was not asked."""
+    """Signals in the order of the members, with zeros where the learner or the ranker was not asked.
+
+    Args:
+        paths: `RewardScorer.paths`. A completion is a path, so it is the ground truth, or the exposed item, when it
+            shares its path; the reward says the same.
+    """
     prompts_count, slots, _ = members.segment_PGT.shape
     shape = (prompts_count, slots, members.segment_PGT.shape[2])
     groups = scored.groups
-    item_PG = _item_of(members, prompts, scored, feedback)
-    target_P1 = np.array([prompt.target for prompt in prompts])[:, None]
+    item_PG = _item_of(members, prompts, scored, feedback, negative_PN)
+    path_PG = paths(item_PG)
+    target_P1 = paths(np.array([prompt.target for prompt in prompts]))[:, None]
     logp_PGT = torch.from_numpy(widened(scores.logp_PGT, shape))
-    truth_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.GROUND_TRUTH])
+    truth_PG = members.of_kind(Kind.GROUND_TRUTH)
     signals = Signals(
-        hit_PG=torch.from_numpy((item_PG == target_P1) & (target_P1 != NO_ITEM)),
+        hit_PG=torch.from_numpy((path_PG == target_P1) & (target_P1 != NO_ITEM)),
         logp_PGT=logp_PGT,
         engine_logp_PGT=torch.from_numpy(widened(groups.logp_PGT, shape)),
         certainty_PGT=torch.from_numpy(widened(scores.certainty_PGT, shape)),
@@ -143,7 +164,7 @@ def batch_signals(
     if feedback is not None:
         signals = dataclasses.replace(
             signals,
-            matched_PG=torch.from_numpy(item_PG == feedback.item_P[:, None]),
+            matched_PG=torch.from_numpy((path_PG == paths(feedback.item_P)[:, None]) & (path_PG != NO_ITEM)),
             formatted_PG=torch.from_numpy(item_PG != NO_ITEM),
             responded_P=torch.from_numpy(feedback.responded_P),
             anchor_logp0_P=torch.from_numpy(feedback.logp0_P),
@@ -152,7 +173,11 @@ def batch_signals(
 
 
 def _item_of(
-    members: Members, prompts: Sequence[Prompt], scored: ScoredGroups, feedback: FeedbackRows | None
+    members: Members,
+    prompts: Sequence[Prompt],
+    scored: ScoredGroups,
+    feedback: FeedbackRows | None,
+    negative_PN: IntArray | None,
 ) -> IntArray:
     """Items of all members."""
     item_PG = np.full(members.kind_PG.shape, NO_ITEM, dtype=np.int32)
@@ -160,6 +185,8 @@ def _item_of(
     item_PG[:, : own.shape[1]] = own
     kind_G = members.kind_PG[0].numpy()
     item_PG[:, kind_G == KIND_CODE[Kind.GROUND_TRUTH]] = np.array([p.target for p in prompts], dtype=np.int32)[:, None]
+    if negative_PN is not None:
+        item_PG[:, kind_G == KIND_CODE[Kind.NEGATIVE]] = negative_PN
     if feedback is not None:
         item_PG[:, kind_G == KIND_CODE[Kind.ANCHOR]] = feedback.item_P[:, None]
     return item_PG

@@ -207,6 +207,7 @@ class RlLoop(TrainingLoop):
             members,
             scores,
             part_weight=self.job.reward.part_weights(),
+            paths=self.rewards.paths,
             feedback_weight=self.job.reward.feedback,
             ranker=ranker,
             feedback=feedback,

@@ -173,6 +173,7 @@ def test_signals_speak_of_every_member() -> None:
         members,
         scores,
         part_weight={"item_match": 1.0},
+        paths=rewards().paths,
         feedback=FeedbackRows.of(prompts(), anchors()),
     )
     assert signals.hit_PG is not None
@@ -184,6 +185,27 @@ def test_signals_speak_of_every_member() -> None:
     assert signals.matched_PG.int().tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 1, 0, 0, 1]]
     assert signals.truth_logp_P.tolist() == [-4.0, -torch.inf, 0.0]
     assert signals.responded_P.tolist() == [True, False, False]
+
+
+def test_a_completion_is_every_item_of_its_path() -> None:
+    settings = ObjectiveSettings.model_validate({"anchor": {"mode": "append"}})
+    completions, extra = whole(settings)
+    members, _ = batch_members(scored(), completions, extra)
+    path_id_I = np.array([0, 1, 1, 3, 4, 3, 6, 4, 8, 8], np.int32)
+    signals = batch_signals(
+        settings,
+        prompts(),
+        scored(),
+        members,
+        outputs(completions),
+        part_weight={},
+        paths=RewardScorer(RewardSettings(), None, path_id_I=path_id_I).paths,
+        feedback=FeedbackRows.of(prompts(), anchors()),
+    )
+    assert signals.hit_PG is not None
+    assert signals.matched_PG is not None
+    assert signals.hit_PG.int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert signals.matched_PG.int().tolist() == [[1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 0, 1]]
 
 
 def test_anchors_that_the_constraint_forbids_leave_and_are_counted() -> None:
