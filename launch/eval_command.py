@@ -13,9 +13,11 @@ from data.schema import SPLIT_NAMES, read_card
 from data.settings import Settings
 from launch.cluster import cluster
 from launch.published import published_rows, table
+from reward.names import ExposureMetric, PairwiseMetric, RankingMetric
 from rollout.settings import RolloutSettings
 from trainer.checkpoint_evaluation import EvaluationRows, answer, evaluate_checkpoint
-from trainer.run_settings import ClusterSettings
+from trainer.run_settings import ClusterSettings, NegativeSource, ScoreSettings
+from trainer.scored_evaluation import LEGAL_MASS
 
 SHOWN = ("hr", "ndcg")
 
@@ -41,6 +43,10 @@ class EvalCommand(Settings):
     """Never recommend an item of the user's history; by default as the model was trained."""
     unconstrained_rows: int = Field(500, ge=0)
     """Rows that are decoded without the constraint as well, for the invalid rate."""
+    scores: ScoreSettings = ScoreSettings(rows=200)
+    """AUC, its windows and the legal mass."""
+    feedback: Path | None = None
+    """Feedback log that exposure bias is measured against."""
     published: Path | None = None
     """CSV of published results (columns dataset, method, metric, value) to print beside ours."""
     batch: int = Field(128, ge=1)
@@ -64,6 +70,8 @@ def eval_command(
         seed=arguments.seed,
         batch=arguments.batch,
         unconstrained_rows=arguments.unconstrained_rows,
+        scores=arguments.scores,
+        feedback=arguments.feedback,
     )
     with cluster(arguments.cluster):
         evaluated = evaluate_checkpoint(
@@ -95,6 +103,9 @@ def show(result: dict[str, Any], ks: tuple[int, ...]) -> None:
         rows["windlass, paths" + (f" ({caveat})" if caveat else "")] = result["paths"]
     rows[ours + (f" ({caveat})" if caveat else "")] = result["metrics"]
     print(table(columns, rows))
+    further = further_table(result["metrics"], ks)
+    if further:
+        print(further)
     unconstrained = result["invalid"]["unconstrained"]
     told = "not measured" if unconstrained is None else f"{unconstrained:.4f}"
     mended = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in result["prompts"].items() if count)
@@ -104,3 +115,26 @@ def show(result: dict[str, Any], ks: tuple[int, ...]) -> None:
         f"{result['n']} rows of {result['split']}, seen items {'excluded' if result['exclude_seen'] else 'kept'}; "
         f"invalid: constrained {result['invalid']['constrained']:.4f}, unconstrained {told}"
     )
+    if "scored" in result:
+        scored = result["scored"]
+        told = "permitted items, drawn evenly" if scored["source"] == NegativeSource.RANDOM else "best beams"
+        print(
+            f"auc, opauc, wpauc: {scored['rows']} rows against {scored['negatives']} negatives ({told}); "
+            f"{scored['unreachable']} rows have no reachable target or too few negatives"
+        )
+    if result.get("feedback", {}).get("left_out"):
+        left_out = ", ".join(f"{count} {name}" for name, count in result["feedback"]["left_out"].items())
+        print(f"feedback: rows left out: {left_out.replace('_', ' ')}")
+
+
+def further_table(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
+    """Coverage, AUC's windows and exposure bias by K, then the values without a K; nothing where none was measured."""
+    families = (*PairwiseMetric, *ExposureMetric)
+    named = [RankingMetric.COVERAGE.value, *(family.value for family in families)]
+    rows = {
+        name: {f"@{k}": metrics[f"{name}@{k}"] for k in ks if f"{name}@{k}" in metrics}
+        for name in named
+        if any(f"{name}@{k}" in metrics for k in ks)
+    }
+    single = [f"{name} {metrics[name]:.4f}" for name in (*named, LEGAL_MASS) if name in metrics]
+    return table([f"@{k}" for k in ks], rows) + ("\n" + ", ".join(single) if single else "")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import RequestError
+from data.feedback import FeedbackLog
 from data.records import BoolArray, FloatArray, IntArray, LongArray
 from reward.metrics import target_ranks, without_duplicates
 from reward.names import ExposureMetric, at
@@ -32,6 +33,19 @@ class Exposures:
     """Seconds."""
     response_E: FloatArray
     """0 is no response."""
+
+    @classmethod
+    def of(cls, log: FeedbackLog) -> Exposures:
+        """The exposures of a log; a request that showed several items gives one each."""
+        item = log.table["exposed"].combine_chunks()
+        shown_N = item.value_lengths().to_numpy(zero_copy_only=False)
+        response = log.table["response"].combine_chunks().flatten()
+        return cls(
+            user_E=np.repeat(log.table["user_id"].to_numpy(), shown_N).astype(np.int32),
+            item_E=item.flatten().to_numpy(zero_copy_only=False).astype(np.int32),
+            timestamp_E=np.repeat(log.table["timestamp"].to_numpy(), shown_N).astype(np.int64),
+            response_E=response.to_numpy(zero_copy_only=False).astype(np.float32),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

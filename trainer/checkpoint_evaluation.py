@@ -10,13 +10,17 @@ from typing import Any
 from data.catalogue import Catalogue
 from data.dataset import Dataset
 from data.errors import RequestError
+from data.feedback import FeedbackLog
+from data.feedback_reading import FeedbackChecks, read_feedback
 from reward.bootstrap import bootstrap_mean
+from reward.exposure import Exposures
 from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
 from trainer.checkpoints import open_model
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.initial_model import CATALOGUE, check_model
 from trainer.prompt_card import PromptCard
+from trainer.run_settings import ScoreSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class EvaluatedCheckpoint:
     violations: dict[str, int]
     """Completions that independent code refused, by reason; all 0 in a sound system."""
     engine: dict[str, Any]
+    left_out: dict[str, int]
+    """Rows of the feedback log that could not be used, by reason; empty without a log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,9 @@ class EvaluationRows:
     """Size of the seeded sample; 0 takes all."""
     ks: tuple[int, ...]
     seed: int
+    scores: ScoreSettings
+    feedback: Path | None = None
+    """Feedback log that exposure bias is measured against."""
     batch: int = 64
     unconstrained_rows: int = 0
 
@@ -72,6 +81,7 @@ def evaluate_checkpoint(
     check_same_items(hf_dir, catalogue, dataset)
     if max(which.ks) > catalogue.n_items:
         raise RequestError("k", list(which.ks), f"at most {catalogue.n_items}, the items of the catalogue")
+    log = None if which.feedback is None else exposure_log(which.feedback, catalogue.n_items)
     card = PromptCard.read(hf_dir)
     changes = {"history": history, "exclude_seen": exclude_seen}
     card = card.model_copy(update={name: value for name, value in changes.items() if value is not None})
@@ -85,6 +95,8 @@ def evaluate_checkpoint(
         batch=which.batch,
         seed=which.seed,
         unconstrained_rows=which.unconstrained_rows,
+        scores=which.scores,
+        exposures=None if log is None else Exposures.of(log),
     )
     with closing(RolloutFleet.start(rollout, hf_dir, catalogue)) as fleet:
         evaluation = evaluator.run(fleet)
@@ -94,7 +106,17 @@ def evaluate_checkpoint(
             card=card,
             violations={str(reason): count for reason, count in fleet.violations.items()},
             engine=dict(fleet.describe()),
+            left_out={} if log is None else {reason: count for reason, count in log.counts.items() if count},
         )
+
+
+def exposure_log(folder: Path, n_items: int) -> FeedbackLog:
+    """A feedback log for measures of exposure: deterministic exposures and retired items were shown as well.
+
+    Raises:
+        RequestError: as `data.feedback_reading.read_feedback`.
+    """
+    return read_feedback(folder, FeedbackChecks(n_items=n_items, propensities=False))
 
 
 def check_same_items(hf_dir: Path, catalogue: Catalogue, dataset: Dataset) -> None:
@@ -133,6 +155,17 @@ def answer(
         "engine": evaluated.engine,
         "violations": sum(evaluated.violations.values()),
     }
+    if evaluation.scored is not None:
+        result["metrics"] |= evaluation.scored.values
+        result["scored"] = {
+            **which.scores.model_dump(mode="json"),
+            "rows": len(evaluation.scored.scores.sample_id_N),
+            "negatives": evaluation.scored.scores.score_NM.shape[1] - 1,
+            "unreachable": evaluation.scored.scores.unreachable,
+        }
+    if which.feedback is not None:
+        result["metrics"] |= evaluation.exposure
+        result["feedback"] = {"path": str(which.feedback), "left_out": evaluated.left_out}
     if with_paths:
         result["paths"] = {n: v for n, v in evaluation.paths.values.items() if not n.startswith("invalid@")}
     return result
@@ -140,8 +173,11 @@ def answer(
 
 def intervals(evaluation: Evaluation, *, seed: int) -> dict[str, list[float]]:
     """95 % bootstrap interval of every per-row metric."""
+    rows = {name: (values, evaluation.user_id_N) for name, values in evaluation.items.rows.items()}
+    if evaluation.scored is not None:
+        rows |= evaluation.scored.rows()
     found = {}
-    for name, values in evaluation.items.rows.items():
-        interval = bootstrap_mean(values, seed=seed, cluster_N=evaluation.user_id_N)
+    for name, (values, user_id_N) in rows.items():
+        interval = bootstrap_mean(values, seed=seed, cluster_N=user_id_N)
         found[name] = [interval.low, interval.high]
     return found

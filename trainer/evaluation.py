@@ -2,7 +2,8 @@
 
 The rows are a seeded sample of a split, the same for every method and every step; the selection of a checkpoint reads
 the validation split. With shared codes a beam names several items, so metrics are reported per item (a leaf's items
-in the order of their training frequency) and per path (the target's path is hit).
+in the order of their training frequency) and per path (the target's path is hit). Exposure bias against a feedback log
+and what needs scores (`trainer.scored_evaluation`) are measured where they are asked for.
 
 Suffixes: `_N` row, `_K` rank.
 """
@@ -20,7 +21,10 @@ from data.catalogue import Catalogue
 from data.dataset import Dataset, Samples
 from data.prompts import PromptBuilder
 from data.records import NO_ITEM, Decode, DecodeSpec, Groups, IntArray, LongArray, Prompt
+from reward.exposure import Exposures, evaluate_exposure
 from reward.metrics import RankingReport, evaluate, tail_items
+from trainer.run_settings import ScoreSettings
+from trainer.scored_evaluation import ScoredEvaluation, ScoredRows, ScoringGenerator
 
 _ROW_STREAM = 11
 _ABSENT = -2
@@ -52,10 +56,19 @@ class Evaluation:
     unconstrained_rows: int
     counts: dict[str, int]
     """What prompts were not taken as they are, by `data.prompts.PromptCount`: shortened, unknown items, ..."""
+    exposure: dict[str, float]
+    """Exposure bias by name; empty without a feedback log."""
+    scored: ScoredRows | None
+    """AUC, its windows and the legal mass; none when no row was scored."""
+
+    @property
+    def further(self) -> dict[str, float]:
+        """Values beside the ranking metrics, by name."""
+        return self.exposure | (self.scored.values if self.scored is not None else {})
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Every value by name."""
-        values = {prefix + name: value for name, value in self.items.values.items()}
+        values = {prefix + name: value for name, value in (self.items.values | self.further).items()}
         if self.unconstrained_invalid is not None:
             values[f"{prefix}invalid_unconstrained"] = self.unconstrained_invalid
         values |= {f"{prefix}evaluation/{reason}": float(count) for reason, count in self.counts.items()}
@@ -85,8 +98,16 @@ class Evaluator:
         batch: int,
         seed: int,
         unconstrained_rows: int = 0,
+        scores: ScoreSettings | None = None,
+        exposures: Exposures | None = None,
     ) -> None:
-        """`rows` is the size of the sample, `batch` the prompts per request."""
+        """
+        Args:
+            rows: size of the sample.
+            batch: prompts per request.
+            scores: what is scored; by default nothing.
+            exposures: the log that exposure bias is measured against.
+        """
         self._catalogue = catalogue
         self._builder = builder
         self._samples: Samples = dataset.samples(split)
@@ -97,14 +118,28 @@ class Evaluator:
         self._unconstrained_rows = min(unconstrained_rows, len(self._rows))
         self._count_I = dataset.train_counts()
         self._tail_I = tail_items(self._count_I)
+        self._exposures = exposures
+        scores = scores or ScoreSettings()
+        self._scored: ScoredEvaluation | None = None
+        if scores.rows:
+            self._scored = ScoredEvaluation(
+                catalogue=catalogue,
+                builder=builder,
+                samples=self._samples,
+                rows=self._rows[sample_rows(len(self._rows), scores.rows, seed)],
+                settings=scores,
+                ks=self._ks,
+                batch=batch,
+                seed=seed,
+            )
 
     @property
     def rows(self) -> LongArray:
         """Rows of the split."""
         return self._rows
 
-    def run(self, generator: Generator) -> Evaluation:
-        """Decode every row and compute the metrics."""
+    def run(self, generator: ScoringGenerator) -> Evaluation:
+        """Decode every row, score what is to be scored, and compute the metrics."""
         width = max(self._ks)
         items: list[IntArray] = []
         paths: list[IntArray] = []
@@ -128,6 +163,21 @@ class Evaluator:
             unconstrained_invalid=self._invalid_rate(generator),
             unconstrained_rows=self._unconstrained_rows,
             counts=dict(counts),
+            exposure=self._exposure(item_NK, target_N),
+            scored=None if self._scored is None else self._scored.run(generator),
+        )
+
+    def _exposure(self, item_NK: IntArray, target_N: IntArray) -> dict[str, float]:
+        if self._exposures is None:
+            return {}
+        return evaluate_exposure(
+            item_NK,
+            target_N,
+            self._samples.user_id_N[self._rows],
+            self._samples.timestamp_N[self._rows],
+            log=self._exposures,
+            train_count_I=self._count_I,
+            ks=self._ks,
         )
 
     def _requests(self, rows: LongArray) -> list[LongArray]:

@@ -10,6 +10,8 @@ from data.codes import load_codes
 from data.dataset import Dataset
 from data.prompts import PromptBuilder
 from data.records import FloatArray
+from reward.exposure import Exposures
+from trainer.checkpoint_evaluation import exposure_log
 from trainer.checkpoints import Facts
 from trainer.evaluation import Evaluator
 from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob, check_catalogue
@@ -22,19 +24,23 @@ class PolicyData:
     dataset: Dataset
     catalogue: Catalogue
     builder: PromptBuilder
+    exposures: Exposures | None = None
+    """What exposure bias is measured against."""
 
     @classmethod
     def open(cls, job: SftJob | RlJob) -> PolicyData:
         """Open what the job names.
 
         Raises:
-            RequestError: the dataset or the codes are absent or damaged, or do not fit the job.
+            RequestError: the dataset, the codes or `evaluation.feedback` are absent or damaged, or do not fit the job.
         """
         dataset = Dataset.open(job.data.dataset)
         catalogue = Catalogue.build(dataset, job.data.codes)
         check_catalogue(job, n_items=catalogue.n_items, depth=catalogue.trie().depth)
         builder = PromptBuilder(catalogue, job.data.history, job.data.exclude_seen, job.data.max_prompt_tokens)
-        return cls(dataset=dataset, catalogue=catalogue, builder=builder)
+        folder = job.evaluation.feedback
+        exposures = None if folder is None else Exposures.of(exposure_log(folder, catalogue.n_items))
+        return cls(dataset=dataset, catalogue=catalogue, builder=builder, exposures=exposures)
 
     @property
     def facts(self) -> Facts:
@@ -68,4 +74,6 @@ class PolicyData:
             batch=settings.batch,
             seed=job.seed,
             unconstrained_rows=settings.test_unconstrained_rows if final else settings.unconstrained_rows,
+            scores=settings.scores,
+            exposures=self.exposures,
         )

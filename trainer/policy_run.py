@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data.errors import RequestError
+from reward.names import RankingMetric, at
 from rollout.channel import PushReport, WeightChannel
 from rollout.fleet import RolloutFleet
 from rollout.peers import RayPeer
@@ -32,6 +33,7 @@ from trainer.learner_group import LearnerGroup
 from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import RowMetrics, write_row_metrics
+from trainer.row_scores import write_row_scores
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
 from trainer.settings import Precision
@@ -88,7 +90,11 @@ class PolicyRun:
             return None
         evaluation = self.evaluator.run(self.fleet)
         self._scored = step, evaluation.items.values[self.job.evaluation.metric]
-        write_rows(self.run_dir, f"step-{step:06d}", evaluation, self.data, split="valid")
+        name = f"step-{step:06d}"
+        write_rows(self.run_dir, name, evaluation, self.data, split="valid")
+        if evaluation.scored is not None:
+            recall = {k: evaluation.items.values[at(RankingMetric.RECALL, k)] for k in self.job.evaluation.k}
+            write_row_scores(self.run_dir, name, evaluation.scored.scores, recall)
         return evaluation
 
     def save(self, state: RunState) -> None:

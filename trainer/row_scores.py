@@ -1,7 +1,8 @@
-"""Scores of the target and of sampled negatives, row by row, kept per checkpoint for AUC and windowed AUC.
+"""Scores of the target and of negatives, row by row, kept per checkpoint for AUC and windowed AUC.
 
-`RUN/scores/NAME.parquet` has a row per evaluated sample: `sample_id:int64`, `user_id:int32`, `score:list<float32>` with
-the target's first. The candidates are drawn by (seed, sample id), so they are the same under every checkpoint.
+`RUN/scores/NAME.parquet` has a row per scored sample: `sample_id:int64`, `user_id:int32`, `score:list<float32>` with
+the target's first. Random negatives are drawn by (seed, sample id), so they are the same under every checkpoint; beams
+are those of the checkpoint.
 
 Suffixes: `_N` row, `_M` candidate.
 """
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.parquet import open_parquet, read_table
-from data.records import FloatArray, IntArray, LongArray, Prompt
+from data.records import NO_ITEM, FloatArray, IntArray, LongArray, Prompt
 from reward.checkpoint_correlation import CheckpointScores
 
 FORMAT: Final = 1
@@ -52,7 +53,7 @@ class RowScores:
     """Rows left out, because the target is excluded, retired or unknown, or too few items are left as negatives."""
 
 
-def candidates(prompt: Prompt, catalogue: Catalogue, negatives: int, seed: int) -> IntArray | None:
+def random_candidates(prompt: Prompt, catalogue: Catalogue, negatives: int, seed: int) -> IntArray | None:
     """The target, then `negatives` other permitted items, drawn evenly without replacement; None where it cannot be."""
     permitted_I = catalogue.active.copy()
     permitted_I[prompt.exclusions] = False
@@ -67,25 +68,55 @@ def candidates(prompt: Prompt, catalogue: Catalogue, negatives: int, seed: int) 
     return np.concatenate([[prompt.target], drawn]).astype(np.int32)
 
 
+def beam_candidates(prompt: Prompt, beam_G: IntArray, catalogue: Catalogue, negatives: int) -> IntArray | None:
+    """The target, then the best `negatives` beams that do not have its path; None where it cannot be.
+
+    Args:
+        beam_G: items of the valid beams, best first.
+    """
+    if not 0 <= prompt.target < catalogue.n_items or not catalogue.active[prompt.target]:
+        return None
+    if prompt.target in prompt.exclusions:
+        return None
+    others = beam_G[(beam_G != NO_ITEM) & (catalogue.path_id[beam_G] != catalogue.path_id[prompt.target])]
+    if len(others) < negatives:
+        return None
+    chosen: IntArray = np.concatenate([[prompt.target], others[:negatives]]).astype(np.int32)
+    return chosen
+
+
 def score_rows(
-    scorer: Scorer, prompts: Sequence[Prompt], catalogue: Catalogue, *, negatives: int, seed: int, batch: int = 64
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[IntArray | None],
+    catalogue: Catalogue,
+    *,
+    batch: int = 64,
 ) -> RowScores:
-    """Score the target and sampled negatives of every prompt.
+    """Score the candidates of every prompt.
+
+    Args:
+        drawn: `[M]` candidates of each prompt, the target first, as many for each; None for rows without.
+        batch: prompts per request.
 
     Raises:
-        RequestError: no prompt has a target that can be recommended and enough negatives.
+        RequestError: no prompt has candidates.
     """
-    drawn = [candidates(prompt, catalogue, negatives, seed) for prompt in prompts]
     chosen = [(prompt, items) for prompt, items in zip(prompts, drawn, strict=True) if items is not None]
     if not chosen:
-        raise RequestError("negatives", negatives, f"fewer than the items of the catalogue, {catalogue.n_items}")
+        raise RequestError(
+            "scores.negatives",
+            f"none of {len(prompts)} rows has a target that may be recommended and that many negatives",
+            "fewer negatives, or more rows",
+        )
+    width = len(chosen[0][1])
     rows: list[FloatArray] = []
     for first in range(0, len(chosen), batch):
         part = chosen[first : first + batch]
         asked = [prompt.token_ids for prompt, items in part for _ in items]
         paths = [catalogue.tokens(int(item)) for _, items in part for item in items]
         total = np.array([logp.sum(dtype=np.float64) for logp in scorer.score(asked, paths)], np.float32)
-        rows.append(total.reshape(len(part), negatives + 1))
+        rows.append(total.reshape(len(part), width))
     return RowScores(
         sample_id_N=np.array([prompt.prompt_id for prompt, _ in chosen], np.int64),
         user_id_N=np.array([prompt.user_id for prompt, _ in chosen], np.int32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -28,6 +29,26 @@ class LimitSettings(Settings):
         return self
 
 
+class NegativeSource(StrEnum):
+    """Which items a target is compared with for AUC and its windows."""
+
+    RANDOM = "random"
+    """Permitted items, drawn evenly and the same at every evaluation: AUC estimates that of the whole catalogue."""
+    BEAM = "beam"
+    """The row's best beams without the target: the hardest negatives, so that ranks among them are the catalogue's."""
+
+
+class ScoreSettings(Settings):
+    """What needs scores of items beside the recommended ones: AUC, its windows, and the legal mass."""
+
+    rows: int = Field(0, ge=0)
+    """Evaluated rows that are scored, a seeded sample of them; 0 scores none. A row costs negatives + 2 sequences."""
+    negatives: int = Field(100, ge=1)
+    """Negatives per row, but at most half of the catalogue; opauc@K and wpauc@K are measured for K up to it."""
+    source: NegativeSource = NegativeSource.RANDOM
+    """random (permitted items, drawn evenly) or beam (the row's best beams without the target)."""
+
+
 class EvaluationSettings(Settings):
     """Evaluation on the validation split while training."""
 
@@ -48,6 +69,10 @@ class EvaluationSettings(Settings):
     split alone."""
     test_unconstrained_rows: int = Field(500, ge=0)
     """Rows of that sample that are decoded without the constraint as well."""
+    scores: ScoreSettings = ScoreSettings()
+    """AUC, its windows and the legal mass; also kept per row for `windlass correlate`."""
+    feedback: Path | None = None
+    """Feedback log that exposure bias is measured against; none measures none."""
 
     @model_validator(mode="after")
     def _cutoffs(self) -> Self:

@@ -1,5 +1,6 @@
-"""Contract: candidates are the target and permitted others, the same whatever else is scored; scores are the sums of
-the scorer's log-probabilities; files come back as written and give the correlations; foreign ones are refused.
+"""Contract: candidates are the target and permitted others, or the best beams, the same whatever else is scored; scores
+are the sums of the scorer's log-probabilities; files come back as written and give the correlations; foreign ones are
+refused.
 
 Not checked here: real engines' `score` (tests/rollout), the correlations (tests/reward/test_checkpoint_correlation.py).
 """
@@ -13,12 +14,20 @@ import numpy as np
 import pytest
 
 from data.catalogue import Catalogue
+from data.codes import Codes, OnCollision
 from data.errors import RequestError
 from data.prompts import PromptBuilder
-from data.records import FloatArray, IntArray, Prompt
+from data.records import NO_ITEM, FloatArray, IntArray, Prompt
 from reward.checkpoint_correlation import correlate
 from tests.data.tiny import samples
-from trainer.row_scores import RowScores, candidates, read_run_scores, score_rows, write_row_scores
+from trainer.row_scores import (
+    RowScores,
+    beam_candidates,
+    random_candidates,
+    read_run_scores,
+    score_rows,
+    write_row_scores,
+)
 
 CATALOGUE = Catalogue.from_codes([[item // 4, item % 4] for item in range(12)]).retire([11])
 
@@ -36,34 +45,51 @@ def prompts(targets: Sequence[int]) -> list[Prompt]:
     return builder.build(samples([[0, 1, 2]] * len(targets), list(targets))).prompts
 
 
-def test_candidates_are_permitted_distinct_and_fixed() -> None:
+def test_random_candidates_are_permitted_distinct_and_fixed() -> None:
     for prompt in prompts([5, 6, 7]):
-        found = candidates(prompt, CATALOGUE, 4, seed=3)
+        found = random_candidates(prompt, CATALOGUE, 4, seed=3)
         assert found is not None
         assert found[0] == prompt.target
         assert len(set(found.tolist())) == 5
         assert not set(found.tolist()) & {0, 1, 2, 11}
-        np.testing.assert_array_equal(found, candidates(prompt, CATALOGUE, 4, seed=3))
+        np.testing.assert_array_equal(found, random_candidates(prompt, CATALOGUE, 4, seed=3))
     # Seen, retired, and more negatives than there are.
-    assert candidates(prompts([1])[0], CATALOGUE, 4, seed=3) is None
-    assert candidates(prompts([11])[0], CATALOGUE, 4, seed=3) is None
-    assert candidates(prompts([5])[0], CATALOGUE, 7, seed=3) is not None
-    assert candidates(prompts([5])[0], CATALOGUE, 8, seed=3) is None
+    assert random_candidates(prompts([1])[0], CATALOGUE, 4, seed=3) is None
+    assert random_candidates(prompts([11])[0], CATALOGUE, 4, seed=3) is None
+    assert random_candidates(prompts([5])[0], CATALOGUE, 7, seed=3) is not None
+    assert random_candidates(prompts([5])[0], CATALOGUE, 8, seed=3) is None
+
+
+def test_beam_candidates_are_the_best_beams_without_the_targets_path() -> None:
+    beams = np.array([7, NO_ITEM, 5, 3, 9], np.int32)
+    found = beam_candidates(prompts([5])[0], beams, CATALOGUE, 2)
+    assert found is not None
+    assert found.tolist() == [5, 7, 3]
+    assert beam_candidates(prompts([5])[0], beams, CATALOGUE, 4) is None
+    assert beam_candidates(prompts([1])[0], beams, CATALOGUE, 2) is None
+    assert beam_candidates(prompts([11])[0], beams, CATALOGUE, 2) is None
+    shared = Catalogue.from_codes(Codes.from_lists([[0], [0], [1], [2]], on_collision=OnCollision.SHARE))
+    prompt = (
+        PromptBuilder(shared, history=5, exclude_seen=False, max_prompt_tokens=32).build(samples([[2]], [1])).prompts
+    )
+    found = beam_candidates(prompt[0], np.array([0, 2, 3], np.int32), shared, 2)
+    assert found is not None
+    assert found.tolist() == [1, 2, 3]
 
 
 def test_scores_are_sums_and_do_not_depend_on_the_batch() -> None:
     asked = prompts([5, 1, 6, 11, 7])
-    found = score_rows(TokenScorer(), asked, CATALOGUE, negatives=3, seed=0, batch=2)
+    drawn = [random_candidates(prompt, CATALOGUE, 3, seed=0) for prompt in asked]
+    found = score_rows(TokenScorer(), asked, drawn, CATALOGUE, batch=2)
     assert found.unreachable == 2
     assert found.sample_id_N.tolist() == [0, 2, 4]
-    for row, prompt in enumerate([asked[0], asked[2], asked[4]]):
-        items = candidates(prompt, CATALOGUE, 3, seed=0)
+    for row, items in enumerate([drawn[0], drawn[2], drawn[4]]):
         assert items is not None
         assert found.score_NM[row].tolist() == [-float(CATALOGUE.tokens(int(item)).sum()) for item in items]
-    alone = score_rows(TokenScorer(), asked[2:3], CATALOGUE, negatives=3, seed=0)
+    alone = score_rows(TokenScorer(), asked[2:3], drawn[2:3], CATALOGUE)
     np.testing.assert_array_equal(alone.score_NM[0], found.score_NM[1])
-    with pytest.raises(RequestError, match="negatives"):
-        score_rows(TokenScorer(), asked, CATALOGUE, negatives=12, seed=0)
+    with pytest.raises(RequestError, match="none of 5 rows"):
+        score_rows(TokenScorer(), asked, [None] * 5, CATALOGUE)
 
 
 def made(better: int) -> RowScores:
