@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from data.codes import Codes, OnCollision, load_codes, parse_card
 from data.errors import RequestError
 from data.parquet import read_table
-from data.records import BoolArray, IntArray, LongArray
+from data.records import NO_ITEM, BoolArray, IntArray, LongArray
 from data.trie import ItemTrie, complete_paths
 from data.vocabulary import Vocabulary
 
@@ -138,6 +138,19 @@ class Catalogue:
         position = np.arange(int(length.sum())) + np.repeat(self.path_start[items] - skipped, length)
         return self.path_values[position], length.astype(np.int32)
 
+    def padded_tokens(self, items: npt.NDArray[np.integer]) -> tuple[IntArray, IntArray]:
+        """Token paths of items of any shape, padded with -1 to the longest on a last axis, and the length of each.
+
+        `NO_ITEM` has length 0.
+        """
+        known = items != NO_ITEM
+        tokens, length = self.tokens_of(items[known])
+        length_of = np.zeros(items.shape, dtype=np.int32)
+        length_of[known] = length
+        padded = np.full((*items.shape, int(length.max(initial=0))), -1, dtype=np.int32)
+        padded[np.arange(padded.shape[-1]) < length_of[..., None]] = tokens
+        return padded, length_of
+
     def trie(self) -> ItemTrie:
         """The trie of the active items, on the CPU; built once."""
         return self._trie
@@ -152,6 +165,15 @@ class Catalogue:
         first: dict[bytes, int] = {}
         paths = (self.tokens(item).tobytes() for item in range(self.n_items))
         return np.asarray([first.setdefault(path, item) for item, path in enumerate(paths)], dtype=np.int32)
+
+    @cached_property
+    def active_path_id(self) -> IntArray:
+        """[n_items], `path_id` of the active items and `NO_ITEM` of the retired ones.
+
+        A completion is a path, so two items are the same answer when these numbers are equal; a retired item is
+        nobody's answer, also where an active one has its path.
+        """
+        return np.where(self.active, self.path_id, NO_ITEM).astype(np.int32)
 
     def leaf_items(self, item: int) -> IntArray:
         """The active items of the leaf of an item, increasing; empty for a retired item."""

@@ -42,6 +42,11 @@ class Kind(StrEnum):
     ROLLOUT = "rollout"
     ANCHOR = "anchor"
     GROUND_TRUTH = "ground_truth"
+    """It is learned by its likelihood and carries no advantage."""
+    DEMONSTRATION = "demonstration"
+    """A ground truth that was put among the rollouts and carries an advantage."""
+    NEGATIVE = "negative"
+    """A random item of the catalogue, in place of a rollout that missed."""
 
 
 class Finish(StrEnum):
@@ -53,6 +58,8 @@ class Finish(StrEnum):
     """It reached the token limit (unconstrained decoding only)."""
     ABSENT = "absent"
     """There were fewer legal completions than group members; the slot is empty."""
+    GIVEN = "given"
+    """No engine generated it: the ground truth was put into the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,12 @@ class Groups:
         return (steps < self.length_PG[..., None]) & self.valid_PG[..., None]
 
     @property
+    def generated_PG(self) -> BoolArray:
+        """True for valid completions that an engine generated, which have behaviour log-probabilities."""
+        generated: BoolArray = self.valid_PG & (self.finish_PG != Finish.GIVEN.value)
+        return generated
+
+    @property
     def sequence_logp_PG(self) -> FloatArray:
         """Behaviour log-probability of each completion."""
         total_PG: FloatArray = np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64)
@@ -197,3 +210,26 @@ class ScoredGroups:
         """True for groups whose rewards are complete."""
         usable: BoolArray = self.failure_P == RewardFailure.NONE.value
         return usable
+
+    def take(self, rows: npt.NDArray[np.integer]) -> ScoredGroups:
+        """The given groups."""
+        return ScoredGroups(
+            groups=self.groups.take(rows),
+            reward_PG=self.reward_PG[rows],
+            failure_P=self.failure_P[rows],
+            parts_PG={name: part[rows] for name, part in self.parts_PG.items()},
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[ScoredGroups]) -> ScoredGroups:
+        """Join groups of one request that were scored by the same sources.
+
+        Raises:
+            ValueError: the groups do not come from the same request and catalogue.
+        """
+        return ScoredGroups(
+            groups=Groups.concat([part.groups for part in parts]),
+            reward_PG=np.concatenate([part.reward_PG for part in parts]),
+            failure_P=np.concatenate([part.failure_P for part in parts]),
+            parts_PG={name: np.concatenate([part.parts_PG[name] for part in parts]) for name in parts[0].parts_PG},
+        )

@@ -70,7 +70,7 @@ def extended(
     feedback: FeedbackRows | None,
     negative_PN: IntArray | None = None,
 ) -> Extended:
-    """The groups with the ground truth (for NLL and gate), negatives and the anchor, where the recipe has a use for them.
+    """The groups with the ground truth (for NLL and gate), negatives and the anchor, where the recipe has a use.
 
     Args:
         negative_PN: random items (`trainer.random_negatives`); None without.

@@ -34,7 +34,7 @@ def cross_negatives(prompts: Sequence[Prompt], groups: Groups, count: int, *, se
     keyed by (seed, step, prompt), so that the draw does not depend on the rest of the batch's order.
     """
     drawn_PM = np.full((len(prompts), count), NO_ITEM, dtype=np.int32)
-    got_PG = np.where(groups.valid_PG, groups.item_PG, NO_ITEM)
+    got_PG = np.where(groups.generated_PG, groups.item_PG, NO_ITEM)
     everything = np.unique(got_PG[got_PG != NO_ITEM])
     for number, (prompt, own) in enumerate(zip(prompts, got_PG, strict=True)):
         known = np.concatenate([own, prompt.history, prompt.exclusions, [prompt.target]])

@@ -20,6 +20,7 @@ from data.settings_data import InteractionSettings, PromptSettings, RolloutDataS
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
+from trainer.group_settings import GroupSettings
 from trainer.objective_checks import check_objective
 from trainer.objective_settings import ObjectiveSettings
 from trainer.ranker_settings import RankerSettings
@@ -124,6 +125,8 @@ class RlJob(PolicyJobSettings):
     """Prompts per rollout batch; a multiple of objective.minibatches and of rollout.shard_size."""
     reward: RewardSettings = RewardSettings()
     """The reward service."""
+    group: GroupSettings = GroupSettings()
+    """What joins the groups, and which are worth a step."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """GRPO and its switches."""
     feedback: Path | None = None
@@ -144,7 +147,13 @@ class RlJob(PolicyJobSettings):
         if self.rollout_only is not None and self.train_only is not None:
             raise RequestError("train_only", self.train_only, "only one of rollout_only and train_only")
         check_objective(
-            self.objective, self.rollout, self.reward, batch_prompts=self.batch_prompts, feedback=self.feedback
+            self.objective,
+            self.rollout,
+            self.reward,
+            self.group,
+            batch_prompts=self.batch_prompts,
+            feedback=self.feedback,
+            dumps=self.rollout_only is not None or self.train_only is not None,
         )
         if self.feedback is not None and (self.train_only is not None or self.rollout_only is not None):
             raise RequestError("feedback", self.feedback, "none with rollout_only or train_only: dumps hold no log")

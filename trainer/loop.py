@@ -17,20 +17,21 @@ Step k is what turns weight version k-1 into k; version 0 is the initial model, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.feed import Feed
 from data.feedback import Anchors
 from data.records import DecodeSpec, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
-from reward.scoring import RewardScorer, reward_metrics
+from reward.scoring import ITEM_MATCH, RewardScorer, reward_metrics
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
 from trainer.batch_signals import (
     Extended,
@@ -43,15 +44,20 @@ from trainer.batch_signals import (
 )
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
+from trainer.ground_truth import with_ground_truth
 from trainer.group_dump import dumped_steps, read_step, step_path
+from trainer.group_settings import Refill
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup, ScoreOutputs
 from trainer.losses import UpdateInputs
 from trainer.members import batch_members
 from trainer.objective import objective_coefficients
+from trainer.random_negatives import random_negatives
+from trainer.refill import Collected, refilled
 from trainer.run_settings import GapAction
 from trainer.training_loop import Metrics, TrainingLoop
 from trainer.trees import Completions
+from trainer.window import Negatives
 
 
 class Rollouts(Protocol):
@@ -73,10 +79,7 @@ class RlLoop(TrainingLoop):
     rewards: RewardScorer
     learners: LearnerGroup
     tracker: FailureTracker
-    item_tokens: Callable[[int], IntArray]
-    """`Catalogue.tokens`: the token path of an item."""
-    max_tokens: int
-    """Tokens of the longest completion."""
+    catalogue: Catalogue
     feedback: Anchors | None = None
     """The log that the prompts come from, by prompt id; None where they come from a dataset."""
 
@@ -95,14 +98,18 @@ class RlLoop(TrainingLoop):
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         with self.timer.phase("reward"):
             scored, ranker = self._gate_scores(prompts, scored)
-        rollouts = Completions.of_groups(prompts, groups)
-        whole = extended(rollouts, prompts, self.job.objective, self.item_tokens, feedback)
+        with self.timer.phase("objective"):
+            rollouts = Completions.of_groups(prompts, groups)
+            negative_PN = self._random_negatives(prompts, scored, step)
+            whole = extended(rollouts, prompts, self.job.objective, self.catalogue, feedback, negative_PN)
         with self.timer.phase("score"):
             asked = whole.completions if scored_extras(self.job.objective) else rollouts
             scores = self.learners.score(asked, self.job.rollout.temperature)
             metrics |= self._check_gap(step, groups, asked, scores)
         with self.timer.phase("objective"):
-            inputs, objective_metrics, log_mean = self._objective(prompts, scored, whole, scores, ranker, feedback)
+            inputs, objective_metrics, log_mean = self._objective(
+                prompts, scored, whole, scores, ranker, feedback, negative_PN
+            )
         with self.timer.phase("update"):
             metrics |= self._update(whole.completions, inputs)
         metrics |= objective_metrics | _score_metrics(scores, groups)
@@ -120,20 +127,38 @@ class RlLoop(TrainingLoop):
 
     def collect(self, step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
         """Prompts, their scored groups, and metrics."""
-        assert self.rollouts is not None
         batch = self.feed.next()
+        first, metrics = self._rolled_out(batch.prompts, step)
+        collected, failure_N = first, first.scored.failure_P
+        if self.job.group.refill is Refill.OVERSAMPLE:
+            collected, failure_N, told = refilled(
+                first, lambda seen: self._further(seen, step), self.job.group.extra_batches
+            )
+            metrics |= told
+        self._check_rewards(failure_N)
+        metrics |= {"epoch": self.epochs(), "prompts": float(len(batch.prompts))}
+        metrics |= {f"prompts/{why}": float(n) for why, n in batch.counts.items()}
+        return collected.prompts, collected.scored, metrics
+
+    def _rolled_out(self, prompts: Sequence[Prompt], step: int) -> tuple[Collected, Metrics]:
+        """Scored groups of the prompts, with their ground truths where the recipe wants them."""
+        assert self.rollouts is not None
         with self.timer.phase("rollout"):
-            groups = self.rollouts.generate(batch.prompts, decode_spec(self.job, step))
+            groups = self.rollouts.generate(prompts, decode_spec(self.job, step))
         with self.timer.phase("reward"):
             fault_point("reward")
-            scored, metrics = self.rewards.score(batch.prompts, groups)
-            self._check_rewards(scored)
-        metrics |= {"epoch": self.epochs(), "prompts": float(len(batch.prompts))}
-        return batch.prompts, scored, metrics | {f"prompts/{why}": float(n) for why, n in batch.counts.items()}
+            groups, told = with_ground_truth(prompts, groups, self.catalogue, self.job.group.ground_truth)
+            scored, metrics = self.rewards.score(prompts, groups)
+        return Collected(prompts, scored), metrics | told
 
-    def _check_rewards(self, scored: ScoredGroups) -> None:
+    def _further(self, seen: set[int], step: int) -> Collected | None:
+        """Scored groups of the feed's next batch without the prompts that this step has already."""
+        fresh = [prompt for prompt in self.feed.next().prompts if prompt.prompt_id not in seen]
+        return self._rolled_out(fresh, step)[0] if fresh else None
+
+    def _check_rewards(self, failure_N: np.ndarray) -> None:
         """Stop, after a checkpoint of the last good step, when too many rewards failed."""
-        verdict = self.tracker.observe(scored.failure_P)
+        verdict = self.tracker.observe(failure_N)
         if verdict.stop:
             self.save_last_good()
             raise RunError(f"step {self.state.step + 1}: {verdict.message}")
@@ -142,7 +167,7 @@ class RlLoop(TrainingLoop):
         """Compare what the engine returned with the learner's score; stop before the update when they differ."""
         settings = self.job.policy_gap
         _, members, tokens = groups.shape
-        mask_PGT = groups.token_mask_PGT & completions.valid_PG[:, :members, None]
+        mask_PGT = groups.token_mask_PGT & (completions.valid_PG[:, :members] & groups.generated_PG)[..., None]
         gap = policy_gap(groups.logp_PGT, scores.logp_PGT[:, :members, :tokens], mask_PGT)
         dtype = self.job.learner.dtype.value
         if dtype != "float32" and (self.state.noise is None or (step - 1) % settings.noise_every == 0):
@@ -184,6 +209,13 @@ class RlLoop(TrainingLoop):
         failure_P = np.where(scored.usable_P, found.failure_P, scored.failure_P)
         return dataclasses.replace(scored, failure_P=failure_P), found.scores
 
+    def _random_negatives(self, prompts: Sequence[Prompt], scored: ScoredGroups, step: int) -> IntArray | None:
+        """Random items in place of the rollouts that missed; None where the recipe does not want them."""
+        if self.job.objective.window.negatives is not Negatives.RANDOM:
+            return None
+        missed_PG = scored.groups.generated_PG & (scored.parts_PG[ITEM_MATCH] == 0)
+        return random_negatives(prompts, missed_PG.sum(1), self.catalogue.active_path_id, seed=self.job.seed, step=step)
+
     def _objective(
         self,
         prompts: Sequence[Prompt],
@@ -192,6 +224,7 @@ class RlLoop(TrainingLoop):
         scores: ScoreOutputs,
         ranker: RankerScores | None,
         feedback: FeedbackRows | None,
+        negative_PN: IntArray | None,
     ) -> tuple[UpdateInputs, Metrics, float | None]:
         """Stages on the whole batch; also the state of the anchor stage for the next one."""
         settings = self.job.objective
@@ -211,12 +244,13 @@ class RlLoop(TrainingLoop):
             feedback_weight=self.job.reward.feedback,
             ranker=ranker,
             feedback=feedback,
+            negative_PN=negative_PN,
         )
         coefficients, metrics = objective_coefficients(
             members,
             reward_PG,
             settings,
-            self.max_tokens,
+            self.catalogue.trie().depth,
             signals=signals,
             seed=self.job.seed,
             step=self.state.step + 1,
@@ -322,11 +356,11 @@ def _score_metrics(scores: ScoreOutputs, groups: Groups) -> Metrics:
     """Means over the completion tokens, and where the groups come from."""
     _, members, tokens = groups.shape
     # A slot that gave way to an anchor was not scored.
-    mask = groups.token_mask_PGT & (scores.choices_PGT[:, :members, :tokens] > 0)
+    mask = groups.token_mask_PGT & groups.generated_PG[..., None] & (scores.choices_PGT[:, :members, :tokens] > 0)
     return {
         "legal_mass": float(scores.legal_mass_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
         "entropy": float(scores.entropy_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
         "weight_version": float(groups.weight_version_P.max()),
         "weight_version/oldest": float(groups.weight_version_P.min()),
-        "completion/absent_share": float(1 - groups.valid_PG.mean(dtype=np.float64)),
+        "completion/absent_share": float(1 - groups.valid_PG[:, : groups.spec.width].mean(dtype=np.float64)),
     }

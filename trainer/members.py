@@ -12,10 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import Kind, ScoredGroups
+from data.records import Finish, Kind, ScoredGroups
 from trainer.trees import Completions
 
-KIND_CODE = {Kind.ROLLOUT: 0, Kind.ANCHOR: 1, Kind.GROUND_TRUTH: 2}
+KIND_CODE = {
+    Kind.ROLLOUT: 0,
+    Kind.ANCHOR: 1,
+    Kind.GROUND_TRUTH: 2,
+    Kind.DEMONSTRATION: 3,
+    Kind.NEGATIVE: 4,
+}
 """Codes of `kind_PG`."""
 
 PADDING = -2
@@ -36,7 +42,15 @@ class Members:
     @property
     def rollout_PG(self) -> Tensor:
         """bool: valid members that the policy generated."""
-        return self.valid_PG & (self.kind_PG == KIND_CODE[Kind.ROLLOUT])
+        return self.of_kind(Kind.ROLLOUT)
+
+    def of_kind(self, kind: Kind) -> Tensor:
+        """bool: valid members of the kind."""
+        return self.valid_PG & (self.kind_PG == KIND_CODE[kind])
+
+    def limited_to(self, mask_PG: Tensor) -> Members:
+        """The same members, of which only those in `mask_PG` are valid still."""
+        return Members(valid_PG=self.valid_PG & mask_PG, kind_PG=self.kind_PG, segment_PGT=self.segment_PGT)
 
     @property
     def token_mask_PGT(self) -> Tensor:
@@ -55,18 +69,20 @@ def batch_members(scored: ScoredGroups, completions: Completions, extra: Sequenc
     Args:
         completions: the groups' completions, with one further member each per entry of `extra`.
         extra: what the last members are; they have no reward of the configured sources (their columns are 0). A
-            ground truth needs none, so it stays in groups whose rewards failed; an anchor leaves with its group.
+            ground truth needs none, so it stays in groups whose rewards failed; anchors and negatives leave with
+            their group.
     """
     token_mask_PGT = completions.token_mask_PGT
     valid_PG = completions.valid_PG & scored.usable_P[:, None]
     kind_PG = np.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=np.int64)
-    reward_PG = torch.tensor(scored.reward_PG)
     rollouts = valid_PG.shape[1] - len(extra)
+    given_PG = scored.groups.finish_PG == Finish.GIVEN.value
+    kind_PG[:, :rollouts] = np.where(given_PG, KIND_CODE[Kind.DEMONSTRATION], kind_PG[:, :rollouts])
+    reward_PG = torch.nn.functional.pad(torch.tensor(scored.reward_PG), (0, len(extra)))
     for column, kind in enumerate(extra, rollouts):
         kind_PG[:, column] = KIND_CODE[kind]
         if kind is Kind.GROUND_TRUTH:
             valid_PG[:, column] = completions.valid_PG[:, column]
-        reward_PG = torch.cat([reward_PG, torch.zeros_like(reward_PG[:, :1])], dim=1)
     members = Members(
         valid_PG=torch.from_numpy(valid_PG),
         kind_PG=torch.from_numpy(kind_PG),

@@ -8,7 +8,8 @@ micro-batches; with every stage at its identity the loss is plain GRPO.
                + gate_b * ( policy_weight * GRPO_b(advantage * q_b * omega_i * wn * own stages)
                             + beta * KL_b - entropy_weight * H_b ) ]
 
-Only members that carry an advantage (rollouts, anchors) are counted in a group; a ground truth feeds the NLL.
+Only members that carry an advantage are counted in a group: rollouts (with random negatives, those that hit, and the
+negatives), anchors and demonstrations. A ground truth feeds the NLL.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trainer.advantage import GroupAdvantages, group_advantages
 from trainer.aggregation import token_weights
 from trainer.anchor import AnchorMode, AnchorRatio, AnchorWeights, Snips, anchor_weights, feedback_rewards
 from trainer.gate import GateKind, gate_decisions, gate_metrics, gate_parts, gate_weights, policy_scores
-from trainer.members import KIND_CODE, Members
+from trainer.members import Members
 from trainer.objective_settings import ObjectiveSettings, RewardOrder
 from trainer.own_stages import own_multipliers
 from trainer.several_rewards import several_advantages
@@ -38,7 +39,7 @@ from trainer.tempering import (
     tempering_multipliers,
 )
 from trainer.truncation import TruncationLevel, truncated_weights, truncation_metrics
-from trainer.window import WindowKind, window_metrics, window_weights
+from trainer.window import Negatives, WindowKind, window_metrics, window_weights
 
 
 class Coefficients(NamedTuple):
@@ -94,7 +95,7 @@ def objective_coefficients(
         ValueError: a signal that a stage reads is absent.
     """
     signals = signals or Signals()
-    carriers = _carriers(members, settings)
+    carriers = _carriers(members, settings, signals)
     anchors, metrics = _anchors(members, settings, signals, anchor_log_mean)
     if anchors is not None:
         reward_PG = _feedback_rewards(carriers, reward_PG, settings, signals, anchors)
@@ -102,7 +103,7 @@ def objective_coefficients(
     for factor_PG, told in _multipliers(carriers, advantage_PG, settings, signals, anchors):
         advantage_PG = advantage_PG * factor_PG
         metrics |= told
-    gate_P, told = _gate(members, carriers, settings, signals, seed, step)
+    gate_P, told = _gate(members, settings, signals, seed, step)
     metrics |= told
     token_PGT = token_weights(carriers, settings.aggregation, fixed_length)
     gated_PGT = token_PGT if gate_P is None else token_PGT * gate_P[:, None, None]
@@ -130,16 +131,19 @@ def objective_coefficients(
     return coefficients, metrics | _metrics(carriers, advantage_PG, live_P, gate_P)
 
 
-def _carriers(members: Members, settings: ObjectiveSettings) -> Members:
+def _carriers(members: Members, settings: ObjectiveSettings, signals: Signals) -> Members:
     """The members that carry an advantage."""
-    valid_PG = members.rollout_PG
+    carried_PG = members.rollout_PG
+    if settings.window.negatives is Negatives.RANDOM:
+        carried_PG = (carried_PG & needed(signals.hit_PG, "hit_PG")) | members.of_kind(Kind.NEGATIVE)
+    carried_PG = carried_PG | members.of_kind(Kind.DEMONSTRATION)
     if settings.anchor.mode in (AnchorMode.APPEND, AnchorMode.REPLACE_LAST):
-        valid_PG = valid_PG | (members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR]))
-    return Members(valid_PG=valid_PG, kind_PG=members.kind_PG, segment_PGT=members.segment_PGT)
+        carried_PG = carried_PG | members.of_kind(Kind.ANCHOR)
+    return members.limited_to(carried_PG)
 
 
 def _anchor_tokens(carriers: Members) -> Tensor:
-    return carriers.token_mask_PGT & (carriers.kind_PG == KIND_CODE[Kind.ANCHOR]).unsqueeze(-1)
+    return carriers.token_mask_PGT & carriers.of_kind(Kind.ANCHOR).unsqueeze(-1)
 
 
 def _anchors(
@@ -147,7 +151,7 @@ def _anchors(
 ) -> tuple[_Anchors | None, dict[str, float]]:
     if settings.anchor.mode is AnchorMode.NONE:
         return None, {}
-    member_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.ANCHOR])
+    member_PG = members.of_kind(Kind.ANCHOR)
     has_P = member_PG.any(1)
     silent_P = has_P & ~needed(signals.responded_P, "responded_P")
     logp_PG = policy_scores(members, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
@@ -225,18 +229,18 @@ def _multipliers(
 
 
 def _gate(
-    members: Members, carriers: Members, settings: ObjectiveSettings, signals: Signals, seed: int, step: int
+    members: Members, settings: ObjectiveSettings, signals: Signals, seed: int, step: int
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """Factor of each prompt's policy and KL loss; None without a gate."""
+    """Factor of each prompt's policy and KL loss, from all of its rollouts; None without a gate."""
     gate = settings.gate
     if gate.kind is GateKind.NONE:
         return None, {}
     if gate.asks_ranker and signals.ranker is None:
         raise ValueError("the gate reads ranker scores, which the loop did not provide")
-    has_truth_P = (members.valid_PG & (members.kind_PG == KIND_CODE[Kind.GROUND_TRUTH])).any(1)
+    has_truth_P = members.of_kind(Kind.GROUND_TRUTH).any(1)
     parts = gate_parts(
-        carriers,
-        score_PG=policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=gate.length_norm),
+        members,
+        score_PG=policy_scores(members, needed(signals.logp_PGT, "logp_PGT"), length_norm=gate.length_norm),
         truth_score_P=needed(signals.truth_logp_P, "truth_logp_P"),
         has_truth_P=has_truth_P,
         hit_PG=needed(signals.hit_PG, "hit_PG"),
@@ -249,7 +253,7 @@ def _gate(
 
 def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
     """Token mean per ground truth, mean over the prompts of the batch (methods.md section 2)."""
-    truth_PG = members.valid_PG & (members.kind_PG == KIND_CODE[Kind.GROUND_TRUTH])
+    truth_PG = members.of_kind(Kind.GROUND_TRUTH)
     mask = (members.token_mask_PGT & truth_PG.unsqueeze(-1)).float()
     return mask / mask.sum(-1, keepdim=True).clamp_min(1) / mask.shape[0]
 

@@ -13,6 +13,7 @@ from reward.settings import RewardSettings
 from rollout.settings import RolloutSettings
 from trainer.anchor import AnchorMode
 from trainer.gate import GateKind
+from trainer.group_settings import GroundTruth, GroupSettings, Refill
 from trainer.objective_settings import ObjectiveSettings, RewardOrder
 from trainer.own_stages import load_stage
 from trainer.truncation import TruncationLevel
@@ -23,16 +24,23 @@ def check_objective(
     objective: ObjectiveSettings,
     rollout: RolloutSettings,
     reward: RewardSettings,
+    group: GroupSettings,
     *,
     batch_prompts: int,
     feedback: Path | None,
+    dumps: bool = False,
 ) -> None:
     """Refuse an objective that its job cannot feed.
+
+    Args:
+        dumps: the groups go to a dump or come from one.
 
     Raises:
         RequestError: names the field to change and the reason.
     """
     _check_window(objective, rollout)
+    _check_negatives(objective, reward)
+    _check_group(objective, group, dumps)
     _check_gate(objective, reward, batch_prompts)
     _check_feedback(objective, reward, feedback)
     level = objective.truncation.level
@@ -60,13 +68,43 @@ def _check_window(objective: ObjectiveSettings, rollout: RolloutSettings) -> Non
             f"at most {rollout.width - 2}: a group of rollout.width {rollout.width} with the hit has "
             f"{rollout.width - 1} negatives",
         )
+    if window.negatives is Negatives.RANDOM:
+        return
     if (window.negatives is Negatives.BEAM) != (rollout.decode is Decode.BEAM):
         other = "beam" if rollout.decode is Decode.BEAM else "sample"
         raise RequestError(
             "objective.window.negatives",
             window.negatives.value,
-            f"{other}, because rollout.decode is {rollout.decode.value}",
+            f"{other} or random, because rollout.decode is {rollout.decode.value}",
         )
+
+
+def _check_negatives(objective: ObjectiveSettings, reward: RewardSettings) -> None:
+    """Random negatives have a reward that is known without asking anybody: the item match, which is 0."""
+    if objective.window.negatives is not Negatives.RANDOM:
+        return
+    where, found = "objective.window.negatives", "random"
+    if objective.anchor.mode is not AnchorMode.NONE:
+        reason = "they take the places of what missed the ground truth, which rows without a response do not have"
+        raise RequestError(where, found, f"beam or sample with objective.anchor: {reason}")
+    if not reward.item_match or reward.rank_penalty or reward.ranker_score:
+        reason = "random items have no beam rank, and no score was asked for them"
+        raise RequestError(where, found, f"beam or sample, or reward.item_match as the only weight: {reason}")
+
+
+def _check_group(objective: ObjectiveSettings, group: GroupSettings, dumps: bool) -> None:
+    anchored = objective.anchor.mode is not AnchorMode.NONE
+    refill, truth = group.refill, group.ground_truth
+    if refill is not Refill.NONE and anchored:
+        reason = "whether a group has variance shows in the objective only, where the feedback becomes rewards"
+        raise RequestError("group.refill", refill.value, f"none with objective.anchor: {reason}")
+    if truth is not GroundTruth.NONE and anchored:
+        reason = "the anchor is the member whose outcome is known"
+        raise RequestError("group.ground_truth", truth.value, f"none with objective.anchor: {reason}")
+    for name, value in (("refill", refill.value), ("ground_truth", truth.value)):
+        if dumps and value != "none":
+            reason = "a dump has the groups as the engines generated them"
+            raise RequestError(f"group.{name}", value, f"none with rollout_only or train_only: {reason}")
 
 
 def _check_gate(objective: ObjectiveSettings, reward: RewardSettings, batch_prompts: int) -> None:

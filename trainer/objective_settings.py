@@ -102,6 +102,8 @@ class ObjectiveSettings(Settings):
     """Softer rows without a response (ABPO)."""
     truncation: Truncation = Truncation()
     """Importance correction between engine and learner."""
+    max_distrust: int = Field(2, ge=1, le=64)
+    """Most of gate, tempering and own stages that may be on together; each takes from what the others left."""
     stages: tuple[str, ...] = ()
     """Multipliers of your own, `package.module:function`; see trainer/own_stages.py."""
 
@@ -114,7 +116,19 @@ class ObjectiveSettings(Settings):
                 "objective.nll_weight", 0, "above 0 with a gate: a prompt whose gate is closed has the NLL alone"
             )
         self._check_anchor()
+        self._check_distrust()
         return self
+
+    def _check_distrust(self) -> None:
+        """Cap the stages that take learning away: per prompt, per kind of feedback, per member (methods.md 6 d)."""
+        on = [name for name, stage in (("gate", self.gate.kind), ("tempering", self.tempering.mode)) if stage != "none"]
+        on += [f"stages: {path}" for path in self.stages]
+        if len(on) > self.max_distrust:
+            raise RequestError(
+                "objective.max_distrust",
+                f"{self.max_distrust}, but {len(on)} are on ({', '.join(on)})",
+                f"{len(on)} if that is meant, or fewer of them: their product leaves little to learn from",
+            )
 
     def _check_anchor(self) -> None:
         """Refuse what needs an anchor without one, and rewards that a division by the deviation would undo."""

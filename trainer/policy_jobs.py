@@ -114,8 +114,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "feed": feed,
             "learners": run.learners,
             "tracker": tracker,
-            "item_tokens": data.catalogue.tokens,
-            "max_tokens": data.catalogue.trie().depth,
+            "catalogue": data.catalogue,
             "feedback": anchors,
         }
         if job.train_only is not None:
@@ -152,8 +151,7 @@ def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
 @contextmanager
 def reward_scorer(job: RlJob, catalogue: Catalogue) -> Iterator[tuple[RewardScorer, RewardService | None]]:
     """The scorer of a job, with its service when a ranker is asked."""
-    # A retired item is nobody's ground truth: that an active one has its path does not make it one.
-    path_id_I = np.where(catalogue.active, catalogue.path_id, NO_ITEM)
+    path_id_I = catalogue.active_path_id
     if not job.reward.asks_ranker:
         yield RewardScorer(job.reward, None, path_id_I=path_id_I), None
         return

@@ -77,22 +77,18 @@ class Completions:
             exclusions=[prompt.exclusions for prompt in prompts],
         )
 
-    def with_member(self, tokens: Sequence[IntArray | None]) -> Completions:
-        """One further member per prompt, behind the others (a ground truth or an anchor); None leaves it absent."""
+    def with_members(self, token_PGT: IntArray, length_PG: IntArray) -> Completions:
+        """Further members behind the others (a ground truth, an anchor, negatives); length 0 leaves one absent."""
         prompts, members, width = self.shape
-        width = max([width, *(len(t) for t in tokens if t is not None)])
-        token_PGT = np.full((prompts, members + 1, width), -1, dtype=np.int32)
-        token_PGT[:, :members, : self.token_PGT.shape[2]] = self.token_PGT
-        length_P1 = np.zeros((prompts, 1), dtype=np.int32)
-        for row, completion in enumerate(tokens):
-            if completion is not None:
-                token_PGT[row, members, : len(completion)] = completion
-                length_P1[row] = len(completion)
+        further = length_PG.shape[1]
+        joined_PGT = np.full((prompts, members + further, max(width, token_PGT.shape[2])), -1, dtype=np.int32)
+        joined_PGT[:, :members, :width] = self.token_PGT
+        joined_PGT[:, members:, : token_PGT.shape[2]] = token_PGT
         return dataclasses.replace(
             self,
-            token_PGT=token_PGT,
-            length_PG=np.concatenate([self.length_PG.astype(np.int32), length_P1], 1),
-            valid_PG=np.concatenate([self.valid_PG, length_P1 > 0], 1),
+            token_PGT=joined_PGT,
+            length_PG=np.concatenate([self.length_PG, length_PG], 1).astype(np.int32),
+            valid_PG=np.concatenate([self.valid_PG, length_PG > 0], 1),
         )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from data.records import Kind
 from data.settings import Settings
 from trainer.members import Members
 
@@ -48,6 +49,8 @@ class Negatives(StrEnum):
     """Beam search: the hardest ones."""
     SAMPLE = "sample"
     """Samples of the policy."""
+    RANDOM = "random"
+    """Random items of the catalogue, in place of the rollouts that missed (`trainer.random_negatives`)."""
 
 
 class Window(Settings):
@@ -64,7 +67,7 @@ class Window(Settings):
     rank_map: RankMap = RankMap.RAW
     """Distances of ranks as they are (raw) or of log2(rank + 1) (log2)."""
     negatives: Negatives = Negatives.BEAM
-    """Source of the negatives: beam (the hardest) or sample; it must agree with rollout.decode."""
+    """beam or sample, as rollout.decode has them, or random: items of the catalogue in place of the misses."""
 
 
 class WindowWeights(NamedTuple):
@@ -80,7 +83,7 @@ class WindowWeights(NamedTuple):
 def window_weights(
     members: Members, score_PG: Float[Tensor, "P G"], positive_PG: Bool[Tensor, "P G"], window: Window
 ) -> WindowWeights:
-    """Weights of the group members: 1 for positives, mean 1 over the valid rollout negatives of each group.
+    """Weights of the group members: 1 for positives, mean 1 over the valid negatives of each group.
 
     Args:
         score_PG: the policy's log-probability of each member; the largest has rank 0. Negatives of equal score get
@@ -90,7 +93,7 @@ def window_weights(
     Source: methods.md section 4, "TAWin weights". The result carries no gradient.
     """
     with torch.no_grad():
-        negative_PG = members.rollout_PG & ~positive_PG
+        negative_PG = (members.rollout_PG | members.of_kind(Kind.NEGATIVE)) & ~positive_PG
         key_PG = score_PG.double().masked_fill(~negative_PG, -torch.inf)
         order_PJ = torch.sort(key_PG, dim=1, descending=True, stable=True).indices
         place_PG = torch.argsort(order_PJ, dim=1)

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from data.catalogue import Catalogue
 from data.feedback import Anchors
 from data.records import NO_ITEM, Decode, DecodeSpec, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.batch_scoring import BatchScores
@@ -37,6 +38,12 @@ def ints(*values: int) -> IntArray:
 
 def tokens(item: int) -> IntArray:
     return ints(10 + item, 20 + item)
+
+
+def catalogue() -> Catalogue:
+    """Ten items with the paths of `tokens`."""
+    plain = Catalogue.from_codes([[item, 0] for item in range(10)])
+    return dataclasses.replace(plain, path_values=np.concatenate([tokens(item) for item in range(10)]))
 
 
 def prompts() -> list[Prompt]:
@@ -136,7 +143,7 @@ def test_the_gate_asks_for_everything_in_one_request() -> None:
 
 def whole(settings: ObjectiveSettings) -> tuple[Completions, tuple[Kind, ...]]:
     feedback = FeedbackRows.of(prompts(), anchors()) if settings.anchor.mode != "none" else None
-    made = extended(Completions.of_groups(prompts(), scored().groups), prompts(), settings, tokens, feedback)
+    made = extended(Completions.of_groups(prompts(), scored().groups), prompts(), settings, catalogue(), feedback)
     return made.completions, made.extra
 
 

@@ -213,6 +213,7 @@ EVERYTHING = ObjectiveSettings.model_validate(
         "tempering": {"mode": "soften_confident"},
         "truncation": {"level": "sequence"},
         "stages": [f"{WHERE}:steady"],
+        "max_distrust": 3,
     }
 )
 

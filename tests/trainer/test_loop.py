@@ -133,8 +133,7 @@ class World:
             "rewards": RewardScorer(job.reward, None),
             "learners": learners,
             "tracker": FailureTracker(job.reward),
-            "item_tokens": self.data.catalogue.tokens,
-            "max_tokens": self.data.catalogue.trie().depth,
+            "catalogue": self.data.catalogue,
         }
         if job.train_only is not None:
             return ReplayLoop(**common, folder=job.train_only, catalogue_digest=self.data.catalogue.digest)

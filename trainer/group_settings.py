@@ -1,0 +1,52 @@
+"""Section `group` of an `rl` job: what joins a group beside the rollouts, and which groups are worth a step.
+
+Source: ../shared/methods.md sections 2 (`gt_in_group`), 4 (`gt_inject`) and 6 (group builder); DAPO (Yu et al. 2025),
+dynamic sampling.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from data.errors import RequestError
+from data.settings import Settings
+
+
+class Refill(StrEnum):
+    """What becomes of groups whose rewards are all equal, which have no gradient."""
+
+    NONE = "none"
+    """They stay: the identity."""
+    OVERSAMPLE = "oversample"
+    """Groups of further prompts take their places."""
+
+
+class GroundTruth(StrEnum):
+    """How the ground truth joins a group that lacks it, as a member with an advantage."""
+
+    NONE = "none"
+    """Not at all: the identity."""
+    APPEND = "append"
+    """As a further member (AdaGRPO's y* in the gradient group)."""
+    INJECT = "inject"
+    """In place of the last rollout, so that the group keeps its size (ReRe's add_gt)."""
+
+
+class GroupSettings(Settings):
+    """Builds the groups of a step."""
+
+    refill: Refill = Refill.NONE
+    """none, or oversample: groups of further prompts replace those without variance (DAPO's dynamic sampling)."""
+    extra_batches: int = Field(2, ge=1, le=64)
+    """Most further batches that a step rolls out for that; where they do not suffice, groups without variance stay."""
+    ground_truth: GroundTruth = GroundTruth.NONE
+    """none, append (a further member) or inject (for the last rollout), in groups that lack the ground truth."""
+
+    @model_validator(mode="after")
+    def _bound_has_a_use(self) -> Self:
+        if self.refill is Refill.NONE and "extra_batches" in self.model_fields_set:
+            raise RequestError("group.extra_batches", self.extra_batches, "only with group.refill oversample")
+        return self
