@@ -68,7 +68,7 @@ ENVIRONMENT = """## Environment variables
 | `WINDLASS_REWARD_TOKEN` | bearer token of the reward service; another name by `reward.token_env` |
 | `WINDLASS_FAULT` | `POINT:N` kills a process at a named point; see [fault points](training.md#fault-points) |
 | `WINDLASS_PACKAGE_DIGEST` | `unchecked` switches off the check that workers import the driver's packages |
-| `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,shared-data`) whose absence fails a test instead of skipping it |
+| `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,trl,shared-data`) whose absence fails a test instead of skipping it |
 | `RAY_AUTH_MODE` | Ray's own; its default works without any preparation |
 | `PYTHON` | the interpreter `make` creates `.venv` with, when it is not `python3.11` or `python3` |
 """
