@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from data.dataset import Samples
 from data.errors import RequestError
+from data.parquet import digest_arrays
 from data.records import FloatArray, IntArray, LongArray
 
 FORMAT: Final = 1
@@ -80,6 +81,11 @@ class Anchors:
     logp0_N: FloatArray
     """Log-propensity."""
     policy_version_N: npt.NDArray[np.str_]
+
+    @property
+    def digest(self) -> str:
+        """Tells two logs apart, and one log from itself with further days."""
+        return digest_arrays(self.item_N, self.response_N, self.logp0_N)
 
 
 @dataclass(frozen=True, kw_only=True)

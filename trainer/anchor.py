@@ -71,6 +71,11 @@ class Anchor(Settings):
     format_weight: float = Field(0.1, ge=0, le=1000)
     """Reward of a completion that is an item of the catalogue."""
 
+    @property
+    def is_member(self) -> bool:
+        """True when the logged item joins the group."""
+        return self.mode in (AnchorMode.APPEND, AnchorMode.REPLACE_LAST)
+
 
 class AnchorWeights(NamedTuple):
     """Normalised weights, and what they came from."""

@@ -131,6 +131,9 @@ class RlJob(PolicyJobSettings):
     """GRPO and its switches."""
     feedback: Path | None = None
     """Feedback log whose requests are the prompts (objective.anchor); none takes the training split."""
+    feedback_catalogues: tuple[str, ...] = ()
+    """Digests of further catalogues that number the same items, whose rows of the log are used as well: this one's
+    before some of its items were retired. The present one and the one without retirements need not be named."""
     policy_gap: PolicyGapSettings = PolicyGapSettings()
     """Alarm on the gap between engine and learner."""
     rollout_only: Path | None = None

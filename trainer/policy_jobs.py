@@ -74,13 +74,14 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     begun = time.monotonic()
     data = PolicyData.open(job)
     samples = data.dataset.samples("train")
-    anchors = None
+    anchors, fingerprint = None, data.dataset.fingerprint
     if job.feedback is not None:
         samples, anchors = feedback_samples(job, data)
+        fingerprint = f"{fingerprint}+{anchors.digest}"
     if job.data.latest_rows is not None:
         samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
     check_batch(job, len(samples))
-    feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=data.dataset.fingerprint)
+    feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=fingerprint)
     if job.rollout_only is not None:
         with reward_scorer(job, data.catalogue) as (rewards, _):
             steps = planned_steps(job, feed.batches_per_epoch)
@@ -140,8 +141,15 @@ def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
         RequestError: a log that cannot be read or used, or exposures without propensities where those are asked for.
     """
     assert job.feedback is not None
-    weighed = job.objective.anchor.snips is not Snips.NONE
-    checks = FeedbackChecks(n_items=data.catalogue.n_items, active_I=data.catalogue.active, propensities=weighed)
+    anchor, catalogue = job.objective.anchor, data.catalogue
+    # Retiring items changes the digest; the log is most often older than the last retirement.
+    whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
+    checks = FeedbackChecks(
+        n_items=catalogue.n_items,
+        active_I=catalogue.active,
+        catalogues=frozenset({catalogue.digest, whole.digest, *job.feedback_catalogues}),
+        propensities=anchor.is_member and anchor.snips is not Snips.NONE,
+    )
     log = read_feedback(job.feedback, checks)
     samples, anchors = log.samples(), log.anchors()
     target_N = np.where(anchors.response_N > 0, samples.target_N, NO_ITEM).astype(np.int32)
@@ -235,7 +243,7 @@ def test_best(run: PolicyRun, *, interrupted: bool) -> dict[str, Any]:
     run.push(step)
     evaluation = run.data.evaluator(run.job, "test").run(run.fleet)
     write_rows(run.run_dir, "test", evaluation, run.data, split="test")
-    values = evaluation.items.values
+    values = evaluation.items.values | evaluation.further
     return {
         "test": {
             **{name: value for name, value in values.items() if not name.startswith("invalid@")},

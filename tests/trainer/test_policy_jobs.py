@@ -1,0 +1,98 @@
+"""Contract: a feedback log becomes training rows whose ids are the rows of its exposures; a log of other items, and
+beams where importance weights are asked for, are refused; a log written before a retirement is not.
+
+Not checked here: running the jobs (tests/launch/test_whole_job.py), the reader's other checks (tests/data).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import RequestError
+from data.feedback import PropensityKind, single_item_log, write_feedback
+from data.records import NO_ITEM
+from tests.small_world import recipe, write_dataset
+from trainer.jobs import RlJob
+from trainer.policy_data import PolicyData
+from trainer.policy_jobs import feedback_samples
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("world")).path
+
+
+def job(dataset: Path, log: Path, anchor: dict[str, Any] | None = None, **sections: Any) -> RlJob:
+    anchored = anchor is not None
+    content = recipe(
+        dataset,
+        "rl",
+        rollout={"engine": "reference", "decode": "sample"},
+        reward={"item_match": 0.0 if anchored else 1.0, "rank_penalty": 0.0, "feedback": float(anchored)},
+        objective={"anchor": anchor or {}},
+        feedback=str(log),
+        **sections,
+    )
+    return RlJob.model_validate(content)
+
+
+def write_log(folder: Path, digest: str, *, decode: str = "sample") -> Path:
+    kind = PropensityKind.NONE if decode == "beam" else PropensityKind.SAMPLE
+    log = single_item_log(
+        request_id=[f"r{row}" for row in range(ROWS)],
+        user_id_N=np.arange(ROWS, dtype=np.int32),
+        timestamp_N=np.arange(ROWS, dtype=np.int64),
+        history=[np.array([row], np.int32) for row in range(ROWS)],
+        exposed_N=np.arange(ROWS, dtype=np.int32) + 20,
+        response_N=(np.arange(ROWS) % 3 == 0).astype(np.float32),
+        logp0_N=np.full(ROWS, -2.0, np.float32),
+        propensity_kind=kind,
+        policy_version="v0",
+        decode=[decode] * ROWS,
+        temperature=1.0,
+        catalogue_digest=digest,
+    )
+    write_feedback(folder, log.table)
+    return folder
+
+
+def test_rows_of_a_log_are_training_rows_with_a_target_where_there_was_a_response(
+    dataset: Path, tmp_path: Path
+) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    log = write_log(tmp_path / "log", data.catalogue.digest)
+    samples, anchors = feedback_samples(job(dataset, log, {"mode": "append"}), data)
+    responded_N = np.arange(ROWS) % 3 == 0
+    assert samples.sample_id_N.tolist() == list(range(ROWS))
+    assert anchors.item_N.tolist() == list(range(20, 20 + ROWS))
+    assert samples.target_N.tolist() == np.where(responded_N, anchors.item_N, NO_ITEM).tolist()
+    other = dataclasses.replace(anchors, response_N=1 - anchors.response_N)
+    assert anchors.digest == dataclasses.replace(anchors).digest != other.digest
+
+
+def test_a_log_of_other_items_is_refused_and_one_from_before_a_retirement_is_not(dataset: Path, tmp_path: Path) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    log = write_log(tmp_path / "log", data.catalogue.digest)
+    retired = dataclasses.replace(data, catalogue=data.catalogue.retire([20]))
+    assert len(feedback_samples(job(dataset, log, {"mode": "append"}), retired)[0]) == ROWS - 1
+    foreign = write_log(tmp_path / "foreign", "another")
+    with pytest.raises(RequestError, match=r"12 of 12 rows are bad \(12 foreign_catalogue"):
+        feedback_samples(job(dataset, foreign, {"mode": "append"}), data)
+    named = job(dataset, foreign, {"mode": "append"}, feedback_catalogues=["another"])
+    assert len(feedback_samples(named, data)[0]) == ROWS
+
+
+def test_beams_are_refused_only_where_the_anchor_is_weighed(dataset: Path, tmp_path: Path) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    log = write_log(tmp_path / "log", data.catalogue.digest, decode="beam")
+    with pytest.raises(RequestError, match="12 beam_exposure"):
+        feedback_samples(job(dataset, log, {"mode": "append"}), data)
+    for anchor in (None, {"mode": "feedback_only"}, {"mode": "append", "snips": "none"}):
+        assert len(feedback_samples(job(dataset, log, anchor), data)[0]) == ROWS
