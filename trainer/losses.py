@@ -135,10 +135,11 @@ def token_loss(
     old_logp_K = inputs.old_logp_K
     if inputs.detached_K is not None:
         old_logp_K = torch.where(inputs.detached_K, logp_K.detach(), old_logp_K)
+    advantage_K = _where(on_K, inputs.advantage_K)
     log_ratio_K = _where(on_K, logp_K - old_logp_K)
     ratio_K = _shared(log_ratio_K, on_K, inputs).exp()
     clipped_K = ratio_K.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
-    surrogate_K = torch.minimum(ratio_K * inputs.advantage_K, clipped_K * inputs.advantage_K)
+    surrogate_K = torch.minimum(ratio_K * advantage_K, clipped_K * advantage_K)
     policy_K = _where(on_K, inputs.policy_weight_K * -surrogate_K)
     nll_K = _where(nll_on_K, -full_logp_K)
     loss = policy_K.sum() + (inputs.nll_weight_K * nll_K).sum()
@@ -154,8 +155,8 @@ def token_loss(
         loss = loss - bonus_K.sum()
     with torch.no_grad():
         gap_K = log_ratio_K.abs()
-        high_K = on_K & (ratio_K > 1 + inputs.clip_high) & (inputs.advantage_K > 0)
-        low_K = on_K & (ratio_K < 1 - inputs.clip_low) & (inputs.advantage_K < 0)
+        high_K = on_K & (ratio_K > 1 + inputs.clip_high) & (advantage_K > 0)
+        low_K = on_K & (ratio_K < 1 - inputs.clip_low) & (advantage_K < 0)
         statistics = {
             "loss": float(loss.double()),
             "policy_loss": float(policy_K.double().sum()),
