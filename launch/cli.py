@@ -69,9 +69,19 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         target="launch.eval_command:eval_command", summary="evaluate a checkpoint on a split", answers=True
     ),
+    "bench rollout": Command(
+        target="launch.bench.rollout:rollout_command",
+        summary="time constrained beams against vLLM, transformers and the limit",
+        answers=True,
+    ),
     "report": Command(target="launch.report:report_command", summary="write a run's HTML report"),
     "compare": Command(
         target="launch.compare:compare_command", summary="compare two runs with a paired bootstrap", answers=True
+    ),
+    "correlate": Command(
+        target="launch.correlate:correlate_command",
+        summary="rank correlation of AUC and its windows with recall over a run's checkpoints",
+        answers=True,
     ),
     "results": Command(
         target="launch.results:results_command", summary="regenerate a table of docs/results.md", answers=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ class _Preset:
     codes: int
     """Codes of all levels together."""
     items: int
+    """About as many."""
     large: Mapping[str, int] | None = None
     """Shape of a Qwen2.5 with its own vocabulary, of which the codes take the first tokens; none is a preset of the
     trainer."""
@@ -141,17 +141,19 @@ def _preset_config(name: str, catalogue: Catalogue) -> Any:
 
 
 def random_catalogue(settings: BenchSettings) -> Catalogue:
-    """Distinct random paths of `--levels` codes."""
+    """Items of `--levels` random codes; every first code exists, and all later levels branch alike.
+
+    A random set of paths would leave most prefixes with one continuation, and the later levels with nothing to choose.
+    """
     preset = PRESETS[settings.model]
-    sizes = [
-        preset.codes // settings.levels + (level < preset.codes % settings.levels) for level in range(settings.levels)
-    ]
-    paths = math.prod(sizes)
-    random = np.random.default_rng(settings.seed)
-    # Twice as many as wanted, because some come twice; all paths where there are hardly more.
-    drawn = np.arange(paths) if paths < 4 * preset.items else random.integers(0, paths, 2 * preset.items)
-    chosen = random.permutation(np.unique(drawn))[: preset.items]
-    return Catalogue.from_codes(np.stack(np.unravel_index(chosen, sizes), axis=1).tolist())
+    levels, random = settings.levels, np.random.default_rng(settings.seed)
+    sizes = [preset.codes // levels + (level < preset.codes % levels) for level in range(levels)]
+    fanout = 1 if levels == 1 else max(2, round((preset.items / sizes[0]) ** (1 / (levels - 1))))
+    path_NL = np.arange(sizes[0])[:, None]
+    for size in sizes[1:]:
+        child_NF = random.random((len(path_NL), size)).argsort(1)[:, :fanout]
+        path_NL = np.column_stack([path_NL.repeat(child_NF.shape[1], 0), child_NF.ravel()])
+    return Catalogue.from_codes(path_NL.tolist())
 
 
 def check_fits(settings: BenchSettings, model: BenchModel) -> None:
@@ -160,6 +162,8 @@ def check_fits(settings: BenchSettings, model: BenchModel) -> None:
     Raises:
         RequestError: names the option.
     """
+    if len(np.unique(np.diff(model.catalogue.path_start))) > 1:
+        raise RequestError("--model", "items of different numbers of tokens", "a catalogue whose items have the same")
     longest = int(model.config.max_position_embeddings) - model.levels
     if settings.prompt_len > longest:
         raise RequestError("--prompt-len", settings.prompt_len, f"1 to {longest}, the model's length less an item")
