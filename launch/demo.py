@@ -44,7 +44,7 @@ from launch.demo_table import (
     with_intervals,
 )
 from launch.memory import MemorySampler
-from launch.run_directory import FORMAT, RunDirectory, read_json
+from launch.run_directory import FORMAT, SUMMARY, RunDirectory, read_json
 from launch.train_command import train_policy_job, train_ranker_job
 from trainer.durable import write_text
 from trainer.interruption import Interruption
@@ -52,7 +52,6 @@ from trainer.jobs import Job, PolicyJobSettings, RankerJob, RlJob, SftJob
 from trainer.row_metrics import read_row_metrics
 from trainer.run_log import METRICS, read_metrics
 
-SUMMARY = "summary.json"
 PROGRESS = "progress.json"
 """Seconds per phase and peak memory over all starts of a demo, kept after every phase."""
 CODES = "demo"

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,11 +31,16 @@ def package_digest() -> str:
     return state.hexdigest()
 
 
-def commit() -> dict[str, Any]:
-    """Commit of the checkout the packages lie in, and whether it has changes; none outside a checkout."""
+def commit(*, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """Commit of the checkout the packages lie in, and whether it has changes; none outside a checkout.
+
+    Args:
+        besides: paths, from the checkout's root, whose changes do not count.
+    """
     if not (ROOT / ".git").exists():
         return {"commit": None, "dirty": None}
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+    counted = ["--", ".", *(f":(exclude){path}" for path in besides)] if besides else []
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", *counted))}
 
 
 def _git(*arguments: str) -> str | None:

@@ -8,9 +8,16 @@
 
 A row without a result is measured by running `windlass COMMAND --json FILE`, after the commands of `before` (training,
 which continues by itself); rows with the same command share one run, and `part` says which part of the answer a row
-keeps. The file is saved after each row, so an interrupted run continues with the next row, and `--max-minutes` ends it
-between rows. The table then replaces what stands between the two markers of NAME in docs/results.md; what was not
-measured says so. Rows may hold a `result` and no command: published numbers.
+keeps. What several rows begin with (a model, a ranker, a log) is a step of the table's `shared`:
+
+    "shared": [{"command": ["train", "z"], "makes": "runs/z/summary.json", "seconds": null, "commit": null}]
+
+Its command runs once, before the first row that is measured, unless the file that it `makes` is there already.
+
+The file is saved after each row and shared step, so an interrupted run continues with the next one, and
+`--max-minutes` ends it between two of them. The table then replaces what stands between the two markers of NAME in
+docs/results.md; what was not measured says so. Rows may hold a `result` and no command: published numbers. With
+`"commands": true` a second table below tells each row's commands, with its `seed`, its commit and its seconds.
 """
 
 from __future__ import annotations
@@ -30,10 +37,12 @@ import tyro
 from data.errors import RequestError, RunError
 from launch.cli import COMMANDS, split_command
 from launch.provenance import ROOT, commit
-from launch.run_directory import read_json
+from launch.run_directory import SUMMARY, read_json
 from trainer.durable import write_text
 
 FORMAT = 1
+TABLES = ("docs/results", "docs/results.md")
+"""What this command writes in the checkout; earlier rows change nothing that later ones run."""
 Runner = Callable[[Sequence[str]], Mapping[str, Any]]
 
 
@@ -87,6 +96,9 @@ def read_table(path: Path) -> dict[str, Any]:
     for title, place in content["columns"].items():
         if not isinstance(place, str):
             raise RequestError(f"{path}: column {title}", repr(place), "the dotted place of a value, as text")
+    for step in content.get("shared", ()):
+        if not isinstance(step, dict) or not step.get("command") or not isinstance(step.get("makes"), str):
+            raise RequestError(str(path), f"shared step {step!r:.60}", "a command and the file that it makes")
     for row in content["rows"]:
         if not isinstance(row, dict) or "name" not in row or not ("command" in row or row.get("result") is not None):
             raise RequestError(str(path), f"row {row!r:.60}", "a name, and a command or a result")
@@ -103,12 +115,13 @@ def measure(
 ) -> None:
     """Run the commands of the rows that miss a result, saving after each, until `deadline`."""
     table = read_table(path)
-    # Once, before the first row is saved: the table itself is part of the checkout.
-    state = commit()
+    state = commit(besides=TABLES)
+    source = f"{state['commit']} with changes" if state["dirty"] else state["commit"]
     answers: dict[tuple[str, ...], tuple[Mapping[str, Any], float]] = {}
-    for row in table["rows"]:
-        if "command" not in row or (row.get("result") is not None and not again):
-            continue
+    wanted = [row for row in table["rows"] if "command" in row and (again or row.get("result") is None)]
+    if wanted and not make_shared(path, table, runner, deadline=deadline, source=source, now=now):
+        return
+    for row in wanted:
         command = tuple(row["command"])
         if command not in answers:
             if now() >= deadline:
@@ -119,8 +132,44 @@ def measure(
             answers[command] = runner(row["command"]), round(now() - started, 1)
         answer, row["seconds"] = answers[command]
         row["result"] = kept_part(path, row, answer)
-        row["commit"] = f"{state['commit']} with changes" if state["dirty"] else state["commit"]
+        row["commit"] = source
         write_text(path, json.dumps(table, indent=1) + "\n")
+
+
+def make_shared(
+    path: Path,
+    table: Mapping[str, Any],
+    runner: Runner,
+    *,
+    deadline: float,
+    source: str | None,
+    now: Callable[[], float],
+) -> bool:
+    """Run the shared steps that are not done, saving after each; returns whether all are done before `deadline`.
+
+    Raises:
+        RunError: a step ended without the file that it makes.
+    """
+    for step in table.get("shared", ()):
+        made = Path(step["makes"])
+        if is_made(made):
+            continue
+        if now() >= deadline:
+            return False
+        started = now()
+        runner(step["command"])
+        if not is_made(made):
+            raise RunError(f"windlass {' '.join(step['command'])} ended without {made}")
+        step["seconds"], step["commit"] = round(now() - started, 1), source
+        write_text(path, json.dumps(table, indent=1) + "\n")
+    return True
+
+
+def is_made(path: Path) -> bool:
+    """Whether a shared step has come to its end: its file is there, and is no summary of an interrupted run."""
+    if not path.is_file():
+        return False
+    return path.name != SUMMARY or not read_json(path).get("interrupted")
 
 
 def kept_part(path: Path, row: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +231,25 @@ def markdown(table: Mapping[str, Any]) -> str:
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     if table.get("note"):
         lines += ["", str(table["note"])]
+    if table.get("commands"):
+        lines += ["", *commands(table)]
     return "\n".join(lines)
+
+
+def commands(table: Mapping[str, Any]) -> list[str]:
+    """Lines that say how each row was measured: commands, seed, commit and seconds, folded away on the page."""
+    lines = ["<details><summary>Commands, seeds and commits</summary>", "", *_COMMANDS_HEAD]
+    steps = [{"name": "for all", **step} for step in table.get("shared", ())]
+    for row in [*steps, *table["rows"]]:
+        if "command" not in row:
+            continue
+        told = "<br>".join(f"`windlass {' '.join(command)}`" for command in [*row.get("before", ()), row["command"]])
+        source = (row.get("commit") or "–")[:9] + (" with changes" if " " in (row.get("commit") or "") else "")
+        lines.append(f"| {row['name']} | {told} | {row.get('seed', '–')} | {source} | {_cell(row.get('seconds'))} |")
+    return [*lines, "", "</details>"]
+
+
+_COMMANDS_HEAD = ("| | commands | seed | commit | seconds |", "|---|---|---:|---|---:|")
 
 
 def lookup(result: object, path: str) -> object:

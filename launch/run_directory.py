@@ -27,6 +27,7 @@ from trainer.durable import write_text
 from trainer.jobs import Job
 
 FORMAT = 1
+SUMMARY = "summary.json"
 MAY_CHANGE = (
     "limits",
     # Not its rows, cut-offs (the largest is the width of the beams) and metric: the best checkpoint of the run is
@@ -141,7 +142,7 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, atomically."""
         content = {"format": FORMAT, **summary}
-        write_text(self.path / "summary.json", json.dumps(content, indent=2, default=str) + "\n")
+        write_text(self.path / SUMMARY, json.dumps(content, indent=2, default=str) + "\n")
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -76,7 +76,12 @@ def test_the_window_is_what_tawin_adds_to_grpo_on_beams() -> None:
     ("recipe", "arguments", "where", "why"),
     [
         ("tawin", ["--objective.window.anchor_rank", "15"], "objective.window.anchor_rank", "at most 14: a group of"),
-        ("tawin", ["--rollout.decode", "sample"], "objective.window.negatives", "sample, because rollout.decode"),
+        (
+            "tawin",
+            ["--rollout.decode", "sample"],
+            "objective.window.negatives",
+            "sample or random, because rollout.decode",
+        ),
         ("tawin", ["--objective.truncation.level", "sequence"], "objective.truncation.level", "beams are not drawn"),
         ("grpo", ["--objective.reward_order", "gdpo"], "objective.reward_order", "only one reward"),
         ("grpo", ["--objective.stages", "[nowhere:f]"], "objective.stages", "nowhere"),

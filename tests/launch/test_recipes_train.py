@@ -1,0 +1,150 @@
+"""Contract: `windlass train NAME` trains every recipe for a few steps through the real fleet (Ray, vLLM, DeepSpeed) on
+a small world, with what its header asks for before it; the clips of the recipes with several minibatches act.
+
+Not checked: what the methods do (tests/trainer) and how good the models are (docs/results.md). A recipe's sizes and
+places are replaced, its method is not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import load_job, recipe_header, recipe_names, recipe_path
+from tests.requirements import require
+from tests.small_world import read_steps, windlass, write_dataset
+from trainer.gate import GateKind
+from trainer.jobs import RankerJob, RlJob
+
+STEPS = 3
+CLIPPING = ("dapo", "dr_grpo", "gspo")
+SIZES = {
+    "data.codes": "default",
+    "data.history": 6,
+    "data.max_prompt_tokens": 16,
+    "learner.ranks": 1,
+    "learner.dtype": "float32",
+    "learner.row_tokens": 64,
+    "learner.token_budget": 512,
+    "learner.threads": 1,
+    "rollout.engines": 1,
+    "rollout.dtype": "float32",
+    "rollout.max_model_len": 64,
+    "rollout.kv_cache_gib": 0.1,
+    "rollout.threads": 1,
+    "evaluation.every": 0,
+    "evaluation.k": "[1, 5, 10]",
+    "checkpoints.interval": STEPS,
+    "cluster.object_store_mib": 128,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A dataset, and what the headers of the recipes ask for."""
+
+    folder: Path
+    dataset: Path
+    policy: Path
+    ranker: Path
+    feedback: Path
+
+    def overrides(self, name: str) -> list[str]:
+        """The recipe's sizes and places, replaced by small ones."""
+        job = load_job(name)
+        changes: dict[str, Any] = {"data.dataset": self.dataset, "limits.max_steps": STEPS, "evaluation.rows": 16}
+        if isinstance(job, RankerJob):
+            changes |= {"data.history": 6, "evaluation.every": 0, "evaluation.k": "[1, 5, 10]"}
+            return arguments(changes)
+        changes |= SIZES | {"evaluation.test_rows": 0}
+        if not isinstance(job, RlJob):
+            # A run of another recipe gives `init`; the presets stay, for the recipes that begin with one.
+            changes |= {"batch_rows": 8} | ({} if job.init in ("mini", "tiny") else {"init": self.policy})
+            return arguments(changes | {"init_embeddings": "auto"})
+        changes |= {"init": self.policy, "batch_prompts": 16, "data.latest_rows": "null", "rollout.shard_size": 16}
+        if name in CLIPPING:
+            # Three small batches move the policy less than the forty-eight of the recipe.
+            changes["learner.lr"] = 1e-3
+        if job.reward.ranker is not None:
+            changes["reward.ranker"] = self.ranker
+        if job.feedback is not None:
+            changes["feedback"] = self.feedback
+        return arguments(changes)
+
+    def train(self, name: str) -> Path:
+        """Run a recipe as a user would; returns its run directory."""
+        run_dir = self.folder / "runs" / name
+        done = windlass("train", name, "--run-dir", str(run_dir), *self.overrides(name), cwd=self.folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return run_dir
+
+
+def arguments(changes: dict[str, Any]) -> list[str]:
+    """`--key value` for each change."""
+    return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The small world with a trained model, a ranker and a feedback log, made by the commands a user types."""
+    for part in ("vllm", "deepspeed", "ray"):
+        require(part)
+    folder = tmp_path_factory.mktemp("recipes")
+    dataset = write_dataset(folder / "source").path
+    runs = folder / "runs"
+    found = World(folder, dataset, runs / "ml100k-sft", runs / "ml100k-ranker" / "ranker", folder / "feedback")
+    for name in ("ml100k-ranker", "ml100k-sft"):
+        found.train(name)
+    places = ["--data", str(dataset), "--out", str(found.feedback)]
+    engine = ["--rollout.dtype", "float32", "--rollout.max-model-len", "64", "--rollout.kv-cache-gib", "0.1"]
+    done = windlass("data", "simulate", str(found.policy), *places, *engine, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains(name: str, world: World) -> None:
+    run_dir = world.folder / "runs" / name
+    if not (run_dir / "summary.json").is_file():
+        world.train(name)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    job = load_job(name)
+    if isinstance(job, RankerJob):
+        assert summary["digest"]
+        return
+    assert summary["steps"] == STEPS
+    assert summary["engine"]["name"] == "vllm"
+    assert summary["learner"]["backend"] == "deepspeed"
+    steps = read_steps(run_dir)[1:]
+    assert all(math.isfinite(step["loss"]) for step in steps)
+    if isinstance(job, RlJob):
+        check_rl(name, job, steps, summary)
+
+
+def check_rl(name: str, job: RlJob, steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """What the metrics of a recipe must say of its method."""
+    assert [step["weight_version"] for step in steps] == list(range(STEPS))
+    assert all(step["policy_gap/mean"] < 1e-4 and step["reward/failed_share"] == 0 for step in steps)
+    assert (summary["reward"]["requests"] > 0) == (job.reward.ranker is not None)
+    if job.objective.gate.kind is not GateKind.NONE:
+        assert all(0 <= step["gate/open"] <= 1 for step in steps)
+    if job.feedback is not None:
+        assert all(step["anchor/not_legal"] == 0 for step in steps)
+    if name in CLIPPING:
+        shares = [step["ratio/clip_high_share"] + step["ratio/clip_low_share"] for step in steps]
+        assert max(shares) > 0
+
+
+def test_headers_say_what_to_run_before() -> None:
+    for name in recipe_names():
+        job = load_job(name)
+        header = recipe_header(recipe_path(name))
+        if isinstance(job, RlJob) and job.init.endswith("runs/demo/sft") and name != "demo-rl":
+            assert "`windlass demo`" in header
+        assert ("`windlass data simulate" in header) == (isinstance(job, RlJob) and job.feedback is not None)
