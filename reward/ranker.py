@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from data.errors import RequestError
+from data.import_path import load_by_path
 from data.records import FloatArray, IntArray
 from reward.artefact import RankerArtefact
 
@@ -105,14 +105,9 @@ def _from_import_path(name: str, options: Mapping[str, Option]) -> Ranker:
 
 
 def _ranker_class(name: str, options: Mapping[str, Option]) -> type[Ranker]:
-    module_name, _, class_name = name.partition(":")
-    try:
-        found = importlib.import_module(module_name)
-    except ImportError as error:
-        raise RequestError("ranker", name, f"an importable module ({error})") from error
-    class_ = vars(found).get(class_name)
+    class_: Any = load_by_path(name, "ranker", "package.module:Class of a class with score(histories, candidates)")
     if not inspect.isclass(class_):
-        raise RequestError("ranker", name, f"a class of {module_name}")
+        raise RequestError("ranker", f"{name} is no class", "a class with score(histories, candidates)")
     if not issubclass(class_, Ranker):
         raise RequestError("ranker", name, "a class with score(histories, candidates)")
     try:

@@ -9,14 +9,14 @@ is its contract test; run it on yours:
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import RequestError, RunError
+from data.import_path import load_by_path
 from data.records import Kind
 from trainer.members import KIND_CODE, PADDING, Members
 from trainer.signals import Signals
@@ -29,19 +29,16 @@ def load_stage(path: str) -> OwnStage:
     """The function at `package.module:function`.
 
     Raises:
-        RequestError: no such module or function.
+        RequestError: no such module or function, or one that does not take three arguments.
     """
     where, legal = "objective.stages", "package.module:function of a function (members, signals, advantage_PG)"
-    module_name, separator, name = path.partition(":")
-    if not separator or not module_name or not name:
-        raise RequestError(where, path, legal)
-    try:
-        found: Any = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise RequestError(where, f"{path} ({error})", legal) from error
-    if not callable(found):
+    stage: OwnStage = load_by_path(path, where, legal)
+    if not callable(stage):
         raise RequestError(where, f"{path} is no function", legal)
-    stage: OwnStage = found
+    try:
+        inspect.signature(stage).bind(None, None, None)
+    except TypeError as error:
+        raise RequestError(where, f"{path} ({error})", legal) from error
     return stage
 
 
@@ -49,10 +46,12 @@ def own_multipliers(path: str, members: Members, signals: Signals, advantage_PG:
     """The stage's factors, 1 for invalid members, without gradient.
 
     Raises:
-        RunError: another shape, or factors of valid members that are negative or not finite.
+        RunError: no tensor, another shape, or factors of valid members that are negative or not finite.
     """
     with torch.no_grad():
         factor_PG = load_stage(path)(members, signals, advantage_PG.clone())
+        if not isinstance(factor_PG, Tensor):
+            raise RunError(f"stage {path} returned {type(factor_PG).__name__}, not a tensor")
         if factor_PG.shape != advantage_PG.shape:
             raise RunError(f"stage {path} returned the shape {tuple(factor_PG.shape)}, not {tuple(advantage_PG.shape)}")
         factor_PG = torch.where(members.valid_PG, factor_PG.to(advantage_PG.dtype), 1.0)

@@ -126,7 +126,7 @@ def refused(answer: tuple[int, str], words: str) -> None:
         (["--init", "rl.yaml"], "rl.yaml; legal: mini, tiny, small, or an hf folder"),
         (["--init_embeddings", "codes"], "default.codebooks.safetensors: no such file"),
         (["--reward.ranker", "nothing"], "ranker: nothing; legal: an artefact folder"),
-        (["--reward.ranker", "no_module:Class"], "legal: an importable module"),
+        (["--reward.ranker", "no_module:Class"], "No module named"),
         (["--reward.ranker", "run"], "no ranker.json in it"),
         (["--reward.ranker", "launch.cli:Command"], "a class with score(histories, candidates)"),
         (["--reward.ranker", "tests.reward.rankers:Nothing", "--reward.host", "0.0.0.0"], "reward.host: 0.0.0.0"),

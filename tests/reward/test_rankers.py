@@ -151,9 +151,9 @@ def test_weights_that_are_missing_or_no_safetensors_are_refused(tmp_path: Path) 
     ("source", "options", "words"),
     [
         ("nothing/here", {}, "an artefact folder, a .onnx file, or package.module:Class"),
-        ("no_such_module:Ranker", {}, "an importable module"),
-        ("tests.reward.rankers:plain_scores", {}, "a class of tests.reward.rankers"),
-        ("tests.reward.rankers:Absent", {}, "a class of tests.reward.rankers"),
+        ("no_such_module:Ranker", {}, "No module named"),
+        ("tests.reward.rankers:plain_scores", {}, "is no class"),
+        ("tests.reward.rankers:Absent", {}, "no attribute 'Absent'"),
         ("tests.reward.rankers:PlainRanker", {"depth": 3}, "keyword arguments of"),
         ("tests.reward.rankers:NoRanker", {}, "a class with score"),
         ("absent.onnx", {}, "an existing .onnx file"),

@@ -55,6 +55,16 @@ def attached(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor
     return advantage_PG.abs()
 
 
+def toneless(members: Members, signals: Signals, advantage_PG: Tensor) -> list[list[float]]:
+    """No tensor."""
+    return torch.ones(members.valid_PG.shape).tolist()
+
+
+def lonely(members: Members) -> Tensor:
+    """Takes too few arguments."""
+    return torch.ones(members.valid_PG.shape)
+
+
 BROKEN = {
     "negative": "negative factors",
     "endless": "not finite",

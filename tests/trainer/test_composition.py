@@ -399,9 +399,9 @@ def test_the_contract_of_own_stages() -> None:
 def test_own_stages_are_found_and_watched() -> None:
     batch = Batch(0, anchored=False)
     advantage = torch.randn(PROMPTS, SLOTS)
-    for path in ("nowhere:stage", f"{WHERE}:absent", f"{WHERE}:BROKEN", "colonless"):
+    for path in ("nowhere:stage", f"{WHERE}:absent", f"{WHERE}:BROKEN", f"{WHERE}:lonely", "colonless"):
         with pytest.raises(RequestError, match=r"objective\.stages"):
             own_multipliers(path, batch.members, batch.signals, advantage)
-    for path in ("negative", "flat"):
+    for path in ("negative", "flat", "toneless"):
         with pytest.raises(RunError, match=path):
             own_multipliers(f"{WHERE}:{path}", batch.members, batch.signals, advantage)
