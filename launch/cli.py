@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         summary="rank correlation of AUC and its windows with recall over a run's checkpoints",
         answers=True,
     ),
+    "correlate": Command(
+        target="launch.correlate:correlate_command",
+        summary="rank correlation of AUC and its windows with recall over a run's checkpoints",
+        answers=True,
+    ),
     "results": Command(
         target="launch.results:results_command", summary="regenerate a table of docs/results.md", answers=True
     ),

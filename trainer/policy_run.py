@@ -94,7 +94,8 @@ class PolicyRun:
         write_rows(self.run_dir, name, evaluation, self.data, split="valid")
         if evaluation.scored is not None:
             recall = {k: evaluation.items.values[at(RankingMetric.RECALL, k)] for k in self.job.evaluation.k}
-            write_row_scores(self.run_dir, name, evaluation.scored.scores, recall)
+            source = self.job.evaluation.scores.source
+            write_row_scores(self.run_dir, name, evaluation.scored.scores, recall, source=source)
         return evaluation
 
     def save(self, state: RunState) -> None:

@@ -24,6 +24,7 @@ from data.errors import RequestError
 from data.parquet import open_parquet, read_table
 from data.records import NO_ITEM, FloatArray, IntArray, LongArray, Prompt
 from reward.checkpoint_correlation import CheckpointScores
+from trainer.run_settings import NegativeSource
 
 FORMAT: Final = 1
 METADATA: Final = b"windlass.scores"
@@ -125,13 +126,15 @@ def score_rows(
     )
 
 
-def write_row_scores(run_dir: Path, name: str, scores: RowScores, recall: dict[int, float]) -> Path:
+def write_row_scores(
+    run_dir: Path, name: str, scores: RowScores, recall: dict[int, float], *, source: NegativeSource
+) -> Path:
     """Write `RUN/scores/NAME.parquet`, atomically, with the checkpoint's Recall@K by K."""
     folder = run_dir / "scores"
     folder.mkdir(parents=True, exist_ok=True)
     columns = [pa.array(scores.sample_id_N), pa.array(scores.user_id_N), pa.array(scores.score_NM.tolist())]
     arrays = [column.cast(field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    head = {"format": FORMAT, "recall": recall, "unreachable": scores.unreachable}
+    head = {"format": FORMAT, "recall": recall, "unreachable": scores.unreachable, "source": source.value}
     table = pa.table(arrays, schema=SCHEMA).replace_schema_metadata({METADATA: json.dumps(head)})
     path, temporary = folder / f"{name}.parquet", folder / f".{name}.partial"
     pq.write_table(table, temporary)
@@ -139,37 +142,55 @@ def write_row_scores(run_dir: Path, name: str, scores: RowScores, recall: dict[i
     return path
 
 
-def read_run_scores(run_dir: Path) -> dict[str, CheckpointScores]:
-    """Scores of every checkpoint of a run by name, in the order of the names.
+@dataclass(frozen=True, kw_only=True)
+class RunScores:
+    """Scores of a run's checkpoints."""
+
+    checkpoints: dict[str, CheckpointScores]
+    """By name, in the order of the names."""
+    rows: int
+    negatives: int
+    source: NegativeSource
+
+
+def read_run_scores(run_dir: Path) -> RunScores:
+    """Scores of every checkpoint of a run.
 
     Raises:
-        RequestError: there are none, a damaged file, or checkpoints that scored other rows.
+        RequestError: there are none, a damaged file, or checkpoints that scored other rows or other negatives.
     """
     paths = sorted((run_dir / "scores").glob("*.parquet"))
     if not paths:
-        raise RequestError(str(run_dir / "scores"), "no NAME.parquet", "a run whose checkpoints were scored")
+        legal = "a run with evaluation.scores.rows above 0, so that its evaluations were scored"
+        raise RequestError(str(run_dir / "scores"), "no NAME.parquet", legal)
     found: dict[str, CheckpointScores] = {}
-    first: tuple[list[int], int] | None = None
+    first: tuple[list[int], int, NegativeSource] | None = None
     for path in paths:
-        raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA)
-        try:
-            head = json.loads(raw or b"{}")
-            recall = {int(k): float(value) for k, value in head.get("recall", {}).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RequestError(str(path), f"is damaged ({error!r})", f"scores, format {FORMAT}") from error
-        if head.get("format") != FORMAT:
-            raise RequestError(str(path), f"format {head.get('format')!r}", f"scores, format {FORMAT}")
+        recall, source = _read_head(path)
         table = read_table(path, SCHEMA).combine_chunks()
         width = set(table["score"].combine_chunks().value_lengths().to_pylist())
         if len(width) != 1 or None in width:
             raise RequestError(f"{path}: score", f"lists of {sorted(map(str, width))} numbers", "lists of one length")
-        rows = (table["sample_id"].to_pylist(), next(iter(width)))
+        rows = (table["sample_id"].to_pylist(), next(iter(width)), source)
         first = first or rows
         if rows != first:
-            raise RequestError(str(path), "other rows or another number of negatives", f"those of {paths[0].name}")
+            raise RequestError(str(path), "other rows or other negatives", f"those of {paths[0].name}")
         flat = table["score"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         score_NM = np.asarray(flat, np.float64).reshape(len(table), rows[1])
         positive_NM = np.zeros(score_NM.shape, np.bool_)
         positive_NM[:, 0] = True
         found[path.stem] = CheckpointScores(score_NM=score_NM, positive_NM=positive_NM, recall=recall)
-    return found
+    assert first is not None
+    return RunScores(checkpoints=found, rows=len(first[0]), negatives=first[1] - 1, source=first[2])
+
+
+def _read_head(path: Path) -> tuple[dict[int, float], NegativeSource]:
+    """Recall@K by K, and where the negatives come from."""
+    raw = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA)
+    try:
+        head = json.loads(raw or b"{}")
+        if head.get("format") != FORMAT:
+            raise RequestError(str(path), f"format {head.get('format')!r}", f"scores, format {FORMAT}")
+        return {int(k): float(value) for k, value in head["recall"].items()}, NegativeSource(head["source"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise RequestError(str(path), f"is damaged ({error!r})", f"scores, format {FORMAT}") from error

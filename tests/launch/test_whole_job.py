@@ -45,7 +45,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         learner={"ranks": 2, "zero_stage": 2},
         rollout={"engines": 2},
         reward={"ranker": "runs/ranker/ranker", "ranker_score": 0.1, "transport": "http"},
-        evaluation={"unconstrained_rows": 8},
+        evaluation={"unconstrained_rows": 8, "every": 1, "scores": {"rows": 12, "negatives": 10}},
     )
     write_recipe(user_folder / "job.yaml", content)
     ranker = windlass("train", "ranker.yaml", "--run-dir", "runs/ranker", cwd=user_folder)
@@ -75,8 +75,19 @@ def test_summary_names_the_real_parts(finished_run: Path) -> None:
     assert summary["learner"] == {"backend": "deepspeed", "zero_stage": 2, "ranks": 2}
     assert summary["reward"]["backend"] == "ray-serve"
     assert summary["reward"]["requests"] == 3
-    assert summary["selection"]["candidates"] == [0, 3]
+    assert summary["selection"]["candidates"] == [0, 1, 2, 3]
     assert summary["ended_by"] == "max_steps"
+
+
+def test_every_evaluation_was_scored_and_correlates(finished_run: Path) -> None:
+    done = windlass("correlate", "runs/job", "--json", "c.json", cwd=finished_run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((finished_run.parent.parent / "c.json").read_text())
+    assert answer["checkpoints"] == [f"step-{step:06d}" for step in range(4)]
+    steps = read_steps(finished_run)
+    assert answer["k"]["5"]["recall@5"] == pytest.approx([step["recall@5"] for step in steps])
+    for name in ("auc", "wpauc@5"):
+        assert answer["k"]["5"][name]["values"] == pytest.approx([step[name] for step in steps])
 
 
 def test_the_checkpoint_loads_in_transformers_and_holds_its_catalogue(finished_run: Path) -> None:

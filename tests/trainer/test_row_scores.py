@@ -28,7 +28,9 @@ from trainer.row_scores import (
     score_rows,
     write_row_scores,
 )
+from trainer.run_settings import NegativeSource
 
+RANDOM = NegativeSource.RANDOM
 CATALOGUE = Catalogue.from_codes([[item // 4, item % 4] for item in range(12)]).retire([11])
 
 
@@ -101,8 +103,10 @@ def made(better: int) -> RowScores:
 
 def test_files_come_back_and_give_correlations(tmp_path: Path) -> None:
     for step, better in enumerate((0, 2, 3)):
-        write_row_scores(tmp_path, f"step-{step:06d}", made(better), {1: better / 4})
-    found = read_run_scores(tmp_path)
+        write_row_scores(tmp_path, f"step-{step:06d}", made(better), {1: better / 4}, source=RANDOM)
+    run = read_run_scores(tmp_path)
+    assert (run.rows, run.negatives, run.source) == (4, 3, RANDOM)
+    found = run.checkpoints
     assert list(found) == ["step-000000", "step-000001", "step-000002"]
     np.testing.assert_array_equal(found["step-000001"].score_NM, made(2).score_NM)
     assert found["step-000001"].positive_NM.sum(1).tolist() == [1] * 4
@@ -113,10 +117,13 @@ def test_files_come_back_and_give_correlations(tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"no NAME\.parquet"):
         read_run_scores(tmp_path)
-    write_row_scores(tmp_path, "a", made(1), {})
+    write_row_scores(tmp_path, "a", made(1), {}, source=RANDOM)
+    write_row_scores(tmp_path, "b", made(1), {}, source=NegativeSource.BEAM)
+    with pytest.raises(RequestError, match=r"those of a\.parquet"):
+        read_run_scores(tmp_path)
     other = made(1)
     other.sample_id_N[0] = 99
-    path = write_row_scores(tmp_path, "b", other, {})
+    path = write_row_scores(tmp_path, "b", other, {}, source=RANDOM)
     with pytest.raises(RequestError, match=r"those of a\.parquet"):
         read_run_scores(tmp_path)
     path.write_bytes(path.read_bytes()[:40])
