@@ -137,7 +137,7 @@ def _carriers(members: Members, settings: ObjectiveSettings, signals: Signals) -
     if settings.window.negatives is Negatives.RANDOM:
         carried_PG = (carried_PG & needed(signals.hit_PG, "hit_PG")) | members.of_kind(Kind.NEGATIVE)
     carried_PG = carried_PG | members.of_kind(Kind.DEMONSTRATION)
-    if settings.anchor.mode in (AnchorMode.APPEND, AnchorMode.REPLACE_LAST):
+    if settings.anchor.is_member:
         carried_PG = carried_PG | members.of_kind(Kind.ANCHOR)
     return members.limited_to(carried_PG)
 

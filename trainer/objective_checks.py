@@ -61,12 +61,15 @@ def _check_window(objective: ObjectiveSettings, rollout: RolloutSettings) -> Non
     window = objective.window
     if window.kind is WindowKind.NONE:
         return
-    if window.anchor_rank + 1 >= rollout.width:
+    replaced = objective.anchor.mode is AnchorMode.REPLACE_LAST
+    negatives = rollout.width - 1 - replaced
+    if window.anchor_rank >= negatives:
+        words = " and with the anchor for the last rollout" if replaced else ""
         raise RequestError(
             "objective.window.anchor_rank",
             window.anchor_rank,
-            f"at most {rollout.width - 2}: a group of rollout.width {rollout.width} with the hit has "
-            f"{rollout.width - 1} negatives",
+            f"at most {negatives - 1}: a group of rollout.width {rollout.width} with the hit{words} has {negatives} "
+            "negatives",
         )
     if window.negatives is Negatives.RANDOM:
         return

@@ -90,6 +90,12 @@ def test_the_window_is_what_tawin_adds_to_grpo_on_beams() -> None:
         ("abpo", ["--reward.item_match", "1"], "reward.feedback", "the only weight"),
         ("abpo", ["--train_only", "d"], "feedback", "dumps hold no log"),
         (
+            "unified",
+            ["--objective.anchor.mode", "replace_last", "--objective.window.anchor_rank", "14"],
+            "objective.window.anchor_rank",
+            "at most 13",
+        ),
+        (
             "adagrpo",
             ["--reward.ranker", "null", "--reward.ranker_score", "0", "--reward.item_match", "1"],
             "reward.ranker",

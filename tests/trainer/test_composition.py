@@ -242,7 +242,8 @@ def test_order_and_invalid_members_change_nothing_with_every_stage_on(seed: int)
         torch.testing.assert_close(getattr(permuted, name), value[:, order], rtol=1e-5, atol=1e-6)
         assert torch.equal(getattr(spoiled, name), value), name
         assert not value[~batch.members.valid_PG].any()
-    assert same == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    # The sum of the advantages is what float32 leaves of terms of either sign.
+    assert same == pytest.approx(metrics, rel=1e-5, abs=1e-5)
 
 
 def test_the_multipliers_are_a_product_and_the_anchor_keeps_the_window_weight_one() -> None:
