@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means and of paired differences of means.
+"""Bootstrap intervals of means, of ratios of sums, and of paired differences of means.
 
 Percentile bootstrap. With `cluster_N` (a user id per row) whole users are resampled with all their rows, because the
 rows of one user are not independent. Random numbers depend on the seed, the number of clusters and of resamples only,
@@ -49,23 +49,43 @@ def bootstrap_mean(
     Raises:
         RequestError: no rows, or values that are not finite.
     """
-    values = np.asarray(value_N, np.float64)
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise RequestError(
-            "bootstrap", f"{len(values)} values, finite: {np.isfinite(values).all()}", "finite, 1 or more"
-        )
-    codes = np.arange(len(values)) if cluster_N is None else np.unique(cluster_N, return_inverse=True)[1]
+    return bootstrap_ratio(
+        value_N, np.ones(len(value_N)), seed=seed, resamples=resamples, level=level, cluster_N=cluster_N
+    )
+
+
+def bootstrap_ratio(
+    numerator_N: npt.NDArray[np.floating],
+    denominator_N: npt.NDArray[np.floating],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    cluster_N: npt.NDArray[np.integer] | None = None,
+) -> Interval:
+    """Interval of sum(numerator) / sum(denominator) over rows; `mean` is that ratio.
+
+    Raises:
+        RequestError: no rows, values that are not finite, or a denominator without a positive sum.
+    """
+    numerators, denominators = np.asarray(numerator_N, np.float64), np.asarray(denominator_N, np.float64)
+    finite = bool(np.isfinite(numerators).all() and np.isfinite(denominators).all())
+    if len(numerators) == 0 or not finite:
+        raise RequestError("bootstrap", f"{len(numerators)} values, finite: {finite}", "finite, 1 or more")
+    if denominators.min() < 0 or denominators.sum() <= 0:
+        raise RequestError("bootstrap", f"denominators of sum {denominators.sum():g}", "none below 0, sum above 0")
+    codes = np.arange(len(numerators)) if cluster_N is None else np.unique(cluster_N, return_inverse=True)[1]
     clusters = int(codes.max()) + 1
-    sum_C = np.bincount(codes, weights=values, minlength=clusters).astype(np.float64)
-    size_C = np.bincount(codes, minlength=clusters).astype(np.float64)
-    mean_R = _resampled_means(sum_C, size_C, seed, resamples)
-    low, high = np.quantile(mean_R, [(1 - level) / 2, (1 + level) / 2])
+    sum_C = np.bincount(codes, weights=numerators, minlength=clusters).astype(np.float64)
+    size_C = np.bincount(codes, weights=denominators, minlength=clusters).astype(np.float64)
+    ratio_R = _resampled_ratios(sum_C, size_C, seed, resamples)
+    low, high = np.quantile(ratio_R, [(1 - level) / 2, (1 + level) / 2])
     return Interval(
-        mean=float(values.mean()),
+        mean=float(numerators.sum() / denominators.sum()),
         low=float(low),
         high=float(high),
-        share_above_zero=float((mean_R > 0).mean()),
-        n=len(values),
+        share_above_zero=float((ratio_R > 0).mean()),
+        n=len(numerators),
         clusters=clusters,
     )
 
@@ -90,11 +110,13 @@ def paired_bootstrap(
     return bootstrap_mean(difference, seed=seed, resamples=resamples, level=level, cluster_N=cluster_N)
 
 
-def _resampled_means(sum_C: DoubleArray, size_C: DoubleArray, seed: int, resamples: int) -> DoubleArray:
+def _resampled_ratios(sum_C: DoubleArray, size_C: DoubleArray, seed: int, resamples: int) -> DoubleArray:
     random = np.random.default_rng([seed, len(sum_C)])
     block = max(1, BLOCK // len(sum_C))
-    means = []
+    ratios = []
     for first in range(0, resamples, block):
         drawn_RC = random.integers(0, len(sum_C), size=(min(block, resamples - first), len(sum_C)))
-        means.append(sum_C[drawn_RC].sum(1) / size_C[drawn_RC].sum(1))
-    return np.concatenate(means)
+        size_R = size_C[drawn_RC].sum(1)
+        # A resample may draw only clusters of weight zero: such a ratio is nothing, and counts as 0.
+        ratios.append(np.where(size_R > 0, sum_C[drawn_RC].sum(1) / np.where(size_R > 0, size_R, 1.0), 0.0))
+    return np.concatenate(ratios)
