@@ -26,13 +26,16 @@ class GroupAdvantages(NamedTuple):
 def masked_moments(
     value_PG: Float[Tensor, "P G"], mask_PG: Bool[Tensor, "P G"], ddof: int
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """Mean and standard deviation of the masked members of each group; zero deviation with `ddof` members or fewer."""
+    """Mean and standard deviation of the masked members of each group; zero deviation with `ddof` members or fewer.
+
+    In float64: the square of a large float32 reward is infinite, and its group's advantages would be 0.
+    """
     count_P = mask_PG.sum(1)
-    total = value_PG.masked_fill(~mask_PG, 0.0)
-    mean_P = total.sum(1) / count_P.clamp_min(1)
-    centred = (value_PG - mean_P[:, None]).masked_fill(~mask_PG, 0.0)
-    variance_P = centred.square().sum(1) / (count_P - ddof).clamp_min(1)
-    return mean_P, variance_P.sqrt()
+    wide_PG = value_PG.double().masked_fill(~mask_PG, 0.0)
+    mean_P = wide_PG.sum(1) / count_P.clamp_min(1)
+    centred_PG = (wide_PG - mean_P[:, None]).masked_fill(~mask_PG, 0.0)
+    deviation_P = (centred_PG.square().sum(1) / (count_P - ddof).clamp_min(1)).sqrt()
+    return mean_P, deviation_P
 
 
 def group_advantages(
@@ -49,5 +52,5 @@ def group_advantages(
     low_P = reward_PG.masked_fill(~mask_PG, torch.inf).amin(1)
     live_P = high_P > low_P
     scale_P = torch.ones_like(std_P) if std_mode is StdMode.NONE else std_P + eps
-    advantage_PG = (reward_PG - mean_P[:, None]) / scale_P[:, None]
+    advantage_PG = ((reward_PG - mean_P[:, None]) / scale_P[:, None]).to(reward_PG.dtype)
     return GroupAdvantages(advantage_PG.masked_fill(~(mask_PG & live_P[:, None]), 0.0), live_P)

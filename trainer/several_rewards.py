@@ -41,4 +41,4 @@ def several_advantages(
         live_P = live_P | part_live_P
     ddof = 1 if std_mode is StdMode.SAMPLE else 0
     _, deviation = masked_moments(total_PG.reshape(1, -1), members.valid_PG.reshape(1, -1), ddof)
-    return GroupAdvantages(total_PG / (deviation + eps), live_P)
+    return GroupAdvantages((total_PG / (deviation + eps)).to(total_PG.dtype), live_P)

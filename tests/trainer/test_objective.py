@@ -80,6 +80,14 @@ def test_equal_rewards_that_do_not_cancel_in_rounding_give_exactly_zero() -> Non
     assert not live.any()
 
 
+@pytest.mark.parametrize("rewards", [[1e20, 0.0, 0.0, 0.0], [1e8 + 8, 1e8, 1e8, 1e8], [1e-20, 0.0, 0.0, 0.0]])
+def test_large_rewards_and_offsets_keep_their_advantages(rewards: list[float]) -> None:
+    members, reward = full_members(1, 4), torch.tensor([rewards], dtype=torch.float32)
+    advantage, live = group_advantages(members, reward, StdMode.SAMPLE, 1e-30)
+    assert live.all()
+    torch.testing.assert_close(advantage, torch.tensor([[1.5, -0.5, -0.5, -0.5]]), rtol=1e-6, atol=0)
+
+
 def test_invalid_members_change_nothing() -> None:
     reward = torch.tensor([[0.0, 1.0, 0.5]])
     wide = torch.tensor([[0.0, 1.0, 0.5, 99.0]])
