@@ -34,6 +34,10 @@ FORMAT: Final = 1
 METADATA: Final = b"windlass.feedback"
 SUCCESS: Final = "_SUCCESS"
 DAY_SECONDS: Final = 86_400
+FIRST_SECOND: Final = -62_135_596_800
+"""0001-01-01T00:00:00 UTC, the first day that has a name."""
+LAST_SECOND: Final = 253_402_300_799
+"""9999-12-31T23:59:59 UTC."""
 ROWS_PER_FILE: Final = 262_144
 
 SCHEMA: Final = pa.schema(
@@ -225,8 +229,11 @@ def check_days_are_free(folder: Path, timestamp_N: LongArray) -> None:
     """Refuse a log that holds one of the days already; asked before the work whose rows are to be written.
 
     Raises:
-        RequestError: names the first such day.
+        RequestError: names the first such day, or a time that is of no year from 1 to 9999.
     """
+    strange_N = timestamp_N[(timestamp_N < FIRST_SECOND) | (timestamp_N > LAST_SECOND)]
+    if len(strange_N):
+        raise RequestError("feedback: timestamp", int(strange_N[0]), "seconds since 1970, in the years 1 to 9999")
     for day in np.unique(timestamp_N // DAY_SECONDS):
         path = folder / f"day={day_of(int(day) * DAY_SECONDS)}"
         if path.exists():

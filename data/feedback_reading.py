@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.errors import RequestError
-from data.feedback import DAY_SECONDS, FORMAT, METADATA, SCHEMA, SUCCESS, FeedbackLog, PropensityKind, day_of
+from data.feedback import DAY_SECONDS, FORMAT, METADATA, SCHEMA, SUCCESS, FeedbackLog, PropensityKind
 from data.parquet import open_parquet, read_table
 from data.records import BoolArray, Decode, IntArray, LongArray
 
@@ -275,7 +276,7 @@ def _check_shares(folder: Path, counts: dict[str, int], rows: int, checks: Feedb
 
 def _is_day(text: str) -> bool:
     try:
-        return day_of(_day_start(text)) == text
+        return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
 

@@ -22,6 +22,8 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.feedback import (
     DAY_SECONDS,
+    FIRST_SECOND,
+    LAST_SECOND,
     SCHEMA,
     SUCCESS,
     FeedbackLog,
@@ -238,7 +240,20 @@ def test_days_are_utc_and_can_be_chosen(tmp_path: Path) -> None:
         read_feedback(tmp_path, CHECKS, first_day="1971-01-01")
     with pytest.raises(RequestError, match="YYYY-MM-DD"):
         read_feedback(tmp_path, CHECKS, first_day="yesterday")
+    for found in ("", "NaT", "1970-1-1", "19700101", "1970-02-30"):
+        (tmp_path / f"day={found}").mkdir()
+        with pytest.raises(RequestError, match="not a day"):
+            complete_days(tmp_path)
+        (tmp_path / f"day={found}").rmdir()
     assert day_of(86_400) == "1970-01-02"
+
+
+@pytest.mark.parametrize("time", [1_600_000_000_000, 2**62, -(2**62)])
+def test_times_that_are_no_seconds_are_refused(time: int, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="seconds since 1970"):
+        write_feedback(tmp_path, table({"timestamp": 0}, {"timestamp": time}))
+    assert not list(tmp_path.iterdir())
+    assert (day_of(FIRST_SECOND), day_of(LAST_SECOND)) == ("0001-01-01", "9999-12-31")
 
 
 def test_a_day_is_written_once_and_refused_before_anything_is_written(tmp_path: Path) -> None:
