@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from pydantic import Field
 
 from data.dataset import Dataset
+from data.errors import RequestError
 from data.schema import SPLIT_NAMES, read_card
 from data.settings import Settings
 from launch.cluster import cluster
+from launch.compare import compare, rows_file
+from launch.compare import table as comparison
 from launch.published import published_rows, table
 from reward.names import ExposureMetric, PairwiseMetric, RankingMetric
 from rollout.settings import RolloutSettings
 from trainer.checkpoint_evaluation import EvaluationRows, answer, evaluate_checkpoint
+from trainer.evaluation import sample_rows
+from trainer.row_metrics import RowMetrics, read_row_metrics
 from trainer.run_settings import ClusterSettings, NegativeSource, ScoreSettings
 from trainer.scored_evaluation import LEGAL_MASS
 
@@ -47,6 +53,8 @@ class EvalCommand(Settings):
     """AUC, its windows and the legal mass."""
     feedback: Path | None = None
     """Feedback log that exposure bias is measured against."""
+    base: str | None = None
+    """Evaluation of the same rows to compare with: a run folder, or run folder:NAME, as for `windlass compare`."""
     published: Path | None = None
     """CSV of published results (columns dataset, method, metric, value) to print beside ours."""
     batch: int = Field(128, ge=1)
@@ -73,6 +81,7 @@ def eval_command(
         scores=arguments.scores,
         feedback=arguments.feedback,
     )
+    base = None if arguments.base is None else base_rows(arguments.base, dataset, which)
     with cluster(arguments.cluster):
         evaluated = evaluate_checkpoint(
             arguments.checkpoint,
@@ -89,8 +98,31 @@ def eval_command(
         result["caveat"] = caveat
     if published is not None:
         result["published"] = published
+    if base is not None:
+        ours = evaluated.evaluation.row_metrics("ours", split=which.split, dataset=dataset.fingerprint)
+        compared = compare(base, ours, seed=which.seed)
+        result |= {"base": arguments.base, "differences": compared["differences"]}
+        print(comparison(compared, str(arguments.base), "ours"))
     show(result, which.ks)
     return result
+
+
+def base_rows(run: str, dataset: Dataset, which: EvaluationRows) -> RowMetrics:
+    """The evaluation to compare with, checked before an engine is started.
+
+    Raises:
+        RequestError: there is none, or it is one of other rows.
+    """
+    path = rows_file(run)
+    base = read_row_metrics(path)
+    samples = len(dataset.samples(which.split))
+    asked = sample_rows(samples, which.rows or samples, which.seed)
+    same = base.dataset == dataset.fingerprint and base.split == which.split
+    if not same or not np.array_equal(base.sample_id_N, asked):
+        found = f"{path}: {len(base.sample_id_N)} rows of {base.split}"
+        legal = f"the {len(asked)} rows of {which.split} that --rows and --seed choose"
+        raise RequestError("--base", found, f"an evaluation of {legal}")
+    return base
 
 
 def show(result: dict[str, Any], ks: tuple[int, ...]) -> None:

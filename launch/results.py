@@ -262,6 +262,8 @@ def lookup(result: object, path: str) -> object:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value):
+        return f"{value['mean']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):

@@ -23,6 +23,7 @@ from data.prompts import PromptBuilder
 from data.records import NO_ITEM, Decode, DecodeSpec, Groups, IntArray, LongArray, Prompt
 from reward.exposure import Exposures, evaluate_exposure
 from reward.metrics import RankingReport, evaluate, tail_items
+from trainer.row_metrics import RowMetrics
 from trainer.run_settings import ScoreSettings
 from trainer.scored_evaluation import ScoredEvaluation, ScoredRows, ScoringGenerator
 
@@ -65,6 +66,17 @@ class Evaluation:
     def further(self) -> dict[str, float]:
         """Values beside the ranking metrics, by name."""
         return self.exposure | (self.scored.values if self.scored is not None else {})
+
+    def row_metrics(self, name: str, *, split: str, dataset: str) -> RowMetrics:
+        """The ranking metrics row by row, for paired comparisons; `dataset` is the fingerprint."""
+        return RowMetrics(
+            name=name,
+            split=split,
+            dataset=dataset,
+            sample_id_N=self.rows,
+            user_id_N=self.user_id_N,
+            value_N={metric: values.astype(np.float32) for metric, values in self.items.rows.items()},
+        )
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Every value by name."""

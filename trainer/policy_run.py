@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data.errors import RequestError
@@ -32,7 +31,7 @@ from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
 from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
-from trainer.row_metrics import RowMetrics, write_row_metrics
+from trainer.row_metrics import write_row_metrics
 from trainer.row_scores import write_row_scores
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
@@ -134,17 +133,7 @@ def push_metrics(report: PushReport) -> Metrics:
 
 def write_rows(run_dir: Path, name: str, evaluation: Evaluation, data: PolicyData, *, split: str) -> None:
     """Keep the values per row of an evaluation, for paired comparisons."""
-    write_row_metrics(
-        run_dir,
-        RowMetrics(
-            name=name,
-            split=split,
-            dataset=data.dataset.fingerprint,
-            sample_id_N=evaluation.rows,
-            user_id_N=evaluation.user_id_N,
-            value_N={metric: values.astype(np.float32) for metric, values in evaluation.items.rows.items()},
-        ),
-    )
+    write_row_metrics(run_dir, evaluation.row_metrics(name, split=split, dataset=data.dataset.fingerprint))
 
 
 @contextmanager

@@ -24,7 +24,9 @@ from tests.requirements import require
 from tests.small_world import windlass, write_dataset
 from tests.tiny_model import write_tiny_model
 from trainer.checkpoint_evaluation import exposure_log
+from trainer.evaluation import sample_rows
 from trainer.prompt_card import PromptCard
+from trainer.row_metrics import RowMetrics, write_row_metrics
 
 ENGINE = ("--rollout.engine", "reference", "--rollout.dtype", "float32", "--cluster.object-store-mib", "128")
 
@@ -88,6 +90,33 @@ def test_eval_answers_with_every_measure(world: tuple[Dataset, Path], tmp_path: 
     assert answer["feedback"] == {"path": "log", "left_out": {"positive_log_propensity": 1}}
     assert "8 negatives (permitted items, drawn evenly)" in done.stdout
     assert "1 positive log propensity" in done.stdout
+
+
+def test_differences_to_another_evaluation_of_the_rows(world: tuple[Dataset, Path], tmp_path: Path) -> None:
+    require("ray")
+    dataset, model = world
+    rows = sample_rows(len(dataset.samples("test")), 8, 0)
+    users = dataset.samples("test").user_id_N[rows]
+    base = RowMetrics(
+        name="never",
+        split="test",
+        dataset=dataset.fingerprint,
+        sample_id_N=rows,
+        user_id_N=users,
+        value_N={"hr@10": np.zeros(8, np.float32)},
+    )
+    write_row_metrics(tmp_path / "run", base)
+    asked = ("--k", "10", "--rows", "8", "--scores.rows", "0", "--unconstrained-rows", "0", "--base", "run:never")
+    done = windlass("eval", str(model), "--data", str(dataset.path), *asked, *ENGINE, "--json", "a.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads((tmp_path / "a.json").read_text())
+    schema = json.loads((ROOT / "docs" / "schemas" / "eval.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    assert answer["differences"]["hr@10"]["mean"] == pytest.approx(answer["metrics"]["hr@10"])
+    assert answer["base"] == "run:never"
+    other = windlass("eval", str(model), "--data", str(dataset.path), *asked, "--seed", "1", *ENGINE, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "the 8 rows of test that --rows and --seed choose" in other.stderr
 
 
 def test_a_log_that_cannot_be_used_is_refused(world: tuple[Dataset, Path], tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_the_page_tells_how_rows_were_measured(tmp_path: Path) -> None:
     assert sum(line.startswith("| for all | `windlass train ") for line in lines) == 2
 
 
+def test_a_difference_shows_its_interval() -> None:
+    row = {"name": "grpo", "result": {"d": {"mean": 0.002, "low": -0.0026, "high": 0.0071, "base": 0.1}}}
+    assert markdown({"columns": {"to SFT": "d"}, "rows": [row]}).splitlines()[-1] == (
+        "| grpo | +0.0020 [-0.0026, +0.0071] |"
+    )
+
+
 def test_changes_of_named_paths_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
 
