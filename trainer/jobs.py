@@ -181,6 +181,15 @@ class RankerJob(JobSettings):
     ranker: RankerSettings = RankerSettings()
     """The ranker and its training."""
 
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.evaluation.scores.rows:
+            raise RequestError("evaluation.scores.rows", self.evaluation.scores.rows, "0: a ranker job scores no paths")
+        if self.evaluation.feedback is not None:
+            legal = "none: a ranker job measures no exposure bias"
+            raise RequestError("evaluation.feedback", self.evaluation.feedback, legal)
+        return self
+
 
 Job = Annotated[SftJob | RlJob | RankerJob, Field(discriminator="job")]
 JOBS: dict[str, type[JobSettings]] = {"sft": SftJob, "rl": RlJob, "ranker": RankerJob}

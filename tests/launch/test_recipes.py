@@ -49,6 +49,11 @@ def test_ablations_of_the_gate_change_its_kind_alone(kind: str) -> None:
     assert differences("adagrpo", f"adagrpo-{kind}") == {"objective.gate.kind": ("adagrpo", kind)}
 
 
+def test_biased_recipes_change_the_log_and_the_ranker_alone() -> None:
+    assert differences("demo-ranker", "demo-ranker-biased") == {"ranker.bias.keep": (1.0, 0.3)}
+    assert set(differences("adagrpo", "adagrpo-biased")) == {"reward.ranker"}
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -88,6 +93,8 @@ def test_the_window_is_what_tawin_adds_to_grpo_on_beams() -> None:
         ("grpo", ["--objective.anchor.mode", "append"], "feedback", "needs logged exposures"),
         ("grpo", ["--reward.feedback", "1"], "reward.feedback", "0 without objective.anchor"),
         ("abpo", ["--reward.item_match", "1"], "reward.feedback", "the only weight"),
+        ("demo-ranker", ["--evaluation.scores.rows", "5"], "evaluation.scores.rows", "scores no paths"),
+        ("demo-ranker", ["--evaluation.feedback", "d"], "evaluation.feedback", "measures no exposure bias"),
         ("abpo", ["--train_only", "d"], "feedback", "dumps hold no log"),
         (
             "unified",
