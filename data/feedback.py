@@ -193,7 +193,7 @@ def _in_time_order(table: pa.Table) -> pa.Table:
 
 def day_of(timestamp: int) -> str:
     """The UTC day of a time in seconds, `YYYY-MM-DD`."""
-    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d")
+    return datetime.fromtimestamp(timestamp, UTC).date().isoformat()
 
 
 def write_feedback(folder: Path, table: pa.Table, *, rows_per_file: int = ROWS_PER_FILE) -> dict[str, int]:
