@@ -7,11 +7,9 @@ dynamic sampling.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from data.errors import RequestError
 from data.settings import Settings
 
 
@@ -41,12 +39,6 @@ class GroupSettings(Settings):
     refill: Refill = Refill.NONE
     """none, or oversample: groups of further prompts replace those without variance (DAPO's dynamic sampling)."""
     extra_batches: int = Field(2, ge=1, le=64)
-    """Most further batches that a step rolls out for that; where they do not suffice, groups without variance stay."""
+    """Most further batches that a step rolls out for `oversample`; what they cannot replace stays."""
     ground_truth: GroundTruth = GroundTruth.NONE
     """none, append (a further member) or inject (for the last rollout), in groups that lack the ground truth."""
-
-    @model_validator(mode="after")
-    def _bound_has_a_use(self) -> Self:
-        if self.refill is Refill.NONE and "extra_batches" in self.model_fields_set:
-            raise RequestError("group.extra_batches", self.extra_batches, "only with group.refill oversample")
-        return self
