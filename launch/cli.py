@@ -83,9 +83,9 @@ COMMANDS: dict[str, Command] = {
         summary="rank correlation of AUC and its windows with recall over a run's checkpoints",
         answers=True,
     ),
-    "correlate": Command(
-        target="launch.correlate:correlate_command",
-        summary="rank correlation of AUC and its windows with recall over a run's checkpoints",
+    "strata": Command(
+        target="launch.strata_command:strata_command",
+        summary="where a run's reward helps, by difficulty and discriminability",
         answers=True,
     ),
     "results": Command(

@@ -16,6 +16,7 @@ from launch.run_directory import read_json
 from trainer.durable import write_text
 from trainer.run_log import METRICS, read_metrics
 
+STRATA = "strata.json"
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
 SMALLER_IS_BETTER = r"invalid.*"
@@ -102,7 +103,7 @@ def render(run: Path) -> str:
         details=[fact for fact in known if fact["name"] not in HEADLINE and not fact["name"].endswith("words")],
         stages=stage_tables(stages),
         comparisons=comparison_rows(comparisons),
-        plots=plots(steps, stages) + part_plots(run),
+        plots=plots(steps, stages) + part_plots(run) + strata_plots(run),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
@@ -234,6 +235,24 @@ def part_plots(run: Path) -> list[dict[str, str]]:
     return found
 
 
+def strata_plots(run: Path) -> list[dict[str, str]]:
+    """Where the reward helps, if `windlass strata` was asked about the run."""
+    if not (run / STRATA).is_file():
+        return []
+    from launch import report_plots as draw
+
+    content = read_json(run / STRATA)
+    strata = content.get("strata")
+    keys = {"difficulty", "discriminable", "policy_rank_low", "policy_rank_high"}
+    if not isinstance(strata, list) or not all(isinstance(s, Mapping) and keys <= set(s) for s in strata):
+        raise RequestError(f"{run / STRATA}: strata", f"{strata!r:.60}", "what `windlass strata` wrote")
+    ranks = draw.by_stratum(strata, "correction", ylabel="policy rank − ranker rank", beside="oracle_correction")
+    metric = str(content.get("metric")).upper()
+    gain = draw.by_stratum(strata, "gain", ylabel=f"{metric} after − before", interval="gain_ci95")
+    named = [("Rank correction of the reward by difficulty", ranks), (f"{metric} gained by difficulty", gain)]
+    return [{"title": title, "svg": svg} for title, svg in named if svg is not None]
+
+
 def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """The plots that the run has data for."""
     from launch import report_plots as draw
@@ -246,6 +265,7 @@ def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, 
         ("Reward within groups", draw.lines(steps, draw.names(steps, r"reward/(std|hit)"), ylabel="share, reward")),
         ("Loss", draw.lines(steps, draw.names(steps, r"(?!tokens/)(?:.*/)?(?:loss|nll)"), ylabel="loss")),
         ("NDCG while training", draw.lines(steps, [n for n in evaluated if "ndcg" in n], ylabel="NDCG@K")),
+        ("AUC and its windows", draw.lines(steps, draw.names(steps, r"auc|wpauc@\d+"), ylabel="share of pairs")),
         ("HR while training", draw.lines(steps, [n for n in evaluated if "hr@" in n], ylabel="HR@K")),
         (
             "Policy gap: engine against learner",

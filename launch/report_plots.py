@@ -115,6 +115,44 @@ def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | Non
     return _svg(draw)
 
 
+def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", interval: str = "") -> str | None:
+    """Bars of a value by difficulty, one colour where the ranker discriminates and one where it does not.
+
+    Args:
+        strata: those of `strata.json`; ones without prompts have no bar.
+        name: the value.
+        ylabel: of the axis.
+        beside: another value, drawn as a mark on the bar.
+        interval: a pair of numbers, drawn as whiskers.
+    """
+    bins = sorted({int(s["difficulty"]) for s in strata})
+    if not any(_is_number(s.get(name)) for s in strata):
+        return None
+
+    def draw(axes: Axes) -> None:
+        labels = dict.fromkeys(bins, "")
+        for side, discriminable in ((-0.2, False), (0.2, True)):
+            mine = [s for s in strata if s["discriminable"] is discriminable and _is_number(s.get(name))]
+            x = [bins.index(int(s["difficulty"])) + side for s in mine]
+            told = "ranker discriminates" if discriminable else "ranker does not"
+            axes.bar(x, [float(s[name]) for s in mine], width=0.38, label=told)
+            marks = [(at, float(s[beside])) for at, s in zip(x, mine, strict=True) if _is_number(s.get(beside))]
+            if marks:
+                label = "oracle ranker" if discriminable else None
+                axes.plot(*zip(*marks, strict=True), "k_", markersize=16, markeredgewidth=1.8, label=label)
+            for at, s in zip(x, mine, strict=True):
+                if s.get(interval):
+                    axes.vlines(at, *map(float, s[interval]), color="black", linewidth=1)
+        for s in strata:
+            labels[int(s["difficulty"])] = f"{s['policy_rank_low']}–{s['policy_rank_high']}"
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(bins)), [labels[number] for number in bins])
+        axes.set_xlabel("rank of the ground truth by the policy before training")
+        axes.set_ylabel(ylabel)
+
+    return _svg(draw)
+
+
 def _svg(draw: Callable[[Axes], None]) -> str:
     with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=PALETTE)}):
         figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")

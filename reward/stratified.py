@@ -6,13 +6,17 @@ Suffixes: `_N` prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data.errors import RequestError
 from data.records import BoolArray, LongArray
+
+DoubleArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,29 @@ class Stratum:
     correction: float
     """Mean of policy rank minus ranker rank: positive where the reward moves the ground truth up."""
 
+    means: Mapping[str, float]
+    """Mean of every further value per prompt, by name."""
+
     def as_json(self) -> dict[str, Any]:
-        """The fields; what is not defined as None."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+        """The fields, those of `means` beside the others; what is not defined as None."""
+        fields = asdict(self)
+        fields |= fields.pop("means")
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
+
+
+def difficulty_bins(policy_rank_N: LongArray, bins: int) -> LongArray:
+    """[N] bin of each prompt, a quantile of the policy's rank, from 0 for the easiest; equal ranks share one."""
+    edges = np.quantile(policy_rank_N, np.arange(1, bins) / bins)
+    return np.unique(np.searchsorted(edges, policy_rank_N, side="left"), return_inverse=True)[1].astype(np.int64)
 
 
 def stratified_report(
-    policy_rank_N: LongArray, ranker_rank_N: LongArray, discriminable_N: BoolArray, *, bins: int = 4
+    policy_rank_N: LongArray,
+    ranker_rank_N: LongArray,
+    discriminable_N: BoolArray,
+    *,
+    bins: int = 4,
+    values: Mapping[str, DoubleArray] | None = None,
 ) -> list[Stratum]:
     """Mean rank correction per (quantile of the policy's rank) x (discriminability).
 
@@ -51,6 +71,7 @@ def stratified_report(
         ranker_rank_N: the same by the reward model.
         discriminable_N: whether the reward discriminates there (head and tail).
         bins: quantiles of the policy's rank.
+        values: further values per prompt, of which each stratum tells the mean.
 
     Returns:
         Two strata per bin, not discriminable first; the easiest bin first. Their prompts add up to N.
@@ -60,17 +81,17 @@ def stratified_report(
 
     Source: methods.md section 2, "Stratified analysis".
     """
-    n = len(policy_rank_N)
-    if not n or not n == len(ranker_rank_N) == len(discriminable_N):
+    n, values = len(policy_rank_N), values or {}
+    lengths = {len(policy_rank_N), len(ranker_rank_N), len(discriminable_N), *map(len, values.values())}
+    if not n or len(lengths) > 1:
         found = f"{n}, {len(ranker_rank_N)} and {len(discriminable_N)} rows"
         raise RequestError("stratified report", found, "as many of each, at least 1")
     if min(int(policy_rank_N.min()), int(ranker_rank_N.min())) < 1 or bins < 1:
         raise RequestError("stratified report", "a rank or a number of bins below 1", "1 or more")
-    edges = np.quantile(policy_rank_N, np.arange(1, bins) / bins)
-    bin_N = np.searchsorted(edges, policy_rank_N, side="left")
+    bin_N = difficulty_bins(policy_rank_N, bins)
     report = []
-    for difficulty, occupied in enumerate(np.unique(bin_N)):
-        in_bin_N = bin_N == occupied
+    for difficulty in range(int(bin_N.max()) + 1):
+        in_bin_N = bin_N == difficulty
         for discriminable in (False, True):
             chosen_N = in_bin_N & (discriminable_N == discriminable)
             policy, ranker = (_mean(ranks[chosen_N]) for ranks in (policy_rank_N, ranker_rank_N))
@@ -84,10 +105,11 @@ def stratified_report(
                     policy_rank=policy,
                     ranker_rank=ranker,
                     correction=policy - ranker,
+                    means={name: _mean(value_N[chosen_N]) for name, value_N in values.items()},
                 )
             )
     return report
 
 
-def _mean(values: LongArray) -> float:
+def _mean(values: LongArray | DoubleArray) -> float:
     return float(values.mean()) if len(values) else math.nan

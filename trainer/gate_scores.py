@@ -9,14 +9,22 @@ Suffix `_M`: cross-negatives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from data.records import NO_ITEM, FloatArray, Groups, IntArray, Prompt
-from reward.scoring import RewardScorer
+from reward.batch_scoring import BatchScores
 from trainer.gate import Gate, RankerScores
+
+
+class RawScorer(Protocol):
+    """What gives the ranker's own scores: the scorer of a run, or a ranker in this process."""
+
+    def raw_scores(self, prompts: Sequence[Prompt], wanted: Sequence[IntArray]) -> BatchScores:
+        """The ranker's scores of the wanted items after each prompt's history."""
+        ...
 
 
 class GateScores(NamedTuple):
@@ -45,9 +53,7 @@ def cross_negatives(prompts: Sequence[Prompt], groups: Groups, count: int, *, se
     return drawn_PM
 
 
-def gate_scores(
-    rewards: RewardScorer, prompts: Sequence[Prompt], groups: Groups, gate: Gate, *, seed: int
-) -> GateScores:
+def gate_scores(rewards: RawScorer, prompts: Sequence[Prompt], groups: Groups, gate: Gate, *, seed: int) -> GateScores:
     """Ask the ranker for everything the gate compares, in one request."""
     count = gate.negatives if gate.asks_negatives else 1
     cross_PM = cross_negatives(prompts, groups, count, seed=seed)

@@ -22,7 +22,7 @@ ROW = st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans())
 @given(st.lists(ROW, min_size=1, max_size=40), st.integers(1, 6))
 def test_strata_partition_the_prompts_and_hold_their_means(rows: list[tuple[int, int, bool]], bins: int) -> None:
     policy, ranker, discriminable = (np.array(column) for column in zip(*rows, strict=True))
-    report = stratified_report(policy, ranker, discriminable, bins=bins)
+    report = stratified_report(policy, ranker, discriminable, bins=bins, values={"twice": 2.0 * policy})
     assert sum(stratum.prompts for stratum in report) == len(rows)
     assert len(report) <= 2 * bins
     assert [(s.difficulty, s.discriminable) for s in report] == [(i // 2, bool(i % 2)) for i in range(len(report))]
@@ -36,6 +36,7 @@ def test_strata_partition_the_prompts_and_hold_their_means(rows: list[tuple[int,
             assert s.policy_rank == pytest.approx(sum(p for p, _ in mine) / len(mine))
             assert s.ranker_rank == pytest.approx(sum(r for _, r in mine) / len(mine))
             assert s.correction == pytest.approx(sum(p - r for p, r in mine) / len(mine))
+            assert s.as_json()["twice"] == pytest.approx(2 * s.policy_rank)
         else:
             assert math.isnan(s.correction)
             assert s.as_json()["correction"] is None
