@@ -134,7 +134,7 @@ def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", inter
         for side, discriminable in ((-0.2, False), (0.2, True)):
             mine = [s for s in strata if s["discriminable"] is discriminable and _is_number(s.get(name))]
             x = [bins.index(int(s["difficulty"])) + side for s in mine]
-            told = "ranker discriminates" if discriminable else "ranker does not"
+            told = "ranker discriminates" if discriminable else "ranker does not discriminate"
             axes.bar(x, [float(s[name]) for s in mine], width=0.38, label=told)
             marks = [(at, float(s[beside])) for at, s in zip(x, mine, strict=True) if _is_number(s.get(beside))]
             if marks:
@@ -144,7 +144,8 @@ def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", inter
                 if s.get(interval):
                     axes.vlines(at, *map(float, s[interval]), color="black", linewidth=1)
         for s in strata:
-            labels[int(s["difficulty"])] = f"{s['policy_rank_low']}–{s['policy_rank_high']}"
+            low, high = s["policy_rank_low"], s["policy_rank_high"]
+            labels[int(s["difficulty"])] = f"{low}–{high}" if low < high else f"{low}"
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(bins)), [labels[number] for number in bins])
         axes.set_xlabel("rank of the ground truth by the policy before training")

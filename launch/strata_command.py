@@ -193,7 +193,7 @@ def table(answer: dict[str, Any]) -> str:
     for s in answer["strata"]:
         if not s["prompts"]:
             continue
-        ranks = f"{s['policy_rank_low']}-{s['policy_rank_high']}"
+        ranks = "-".join(dict.fromkeys(str(s[f"policy_rank_{edge}"]) for edge in ("low", "high")))
         oracle = f"{s['oracle_correction']:+.2f}" if s.get("oracle_correction") is not None else "-"
         low, high = s["gain_ci95"]
         lines.append(
