@@ -84,6 +84,23 @@ def test_report_has_every_part_and_needs_no_network(finished_run: Path) -> None:
     assert "[-0.0010, +0.0050]" in target.read_text()
 
 
+def test_report_draws_the_strata_of_a_run(finished_run: Path) -> None:
+    strata = [
+        {"difficulty": bin_, "policy_rank_low": low, "policy_rank_high": high, "discriminable": tells}
+        | {"correction": 1.5, "oracle_correction": 2.0, "gain": None if bin_ else 0.01, "gain_ci95": [0.0, 0.02]}
+        for bin_, (low, high) in enumerate([(1, 4), (9, 9)])
+        for tells in (False, True)
+    ]
+    (finished_run / "strata.json").write_text(json.dumps({"metric": "ndcg@10", "strata": strata}))
+    text = render(finished_run)
+    assert text.count("<svg") == 13
+    for words in ("Rank correction of the reward by difficulty", "NDCG@10 gained by difficulty", "1–4"):
+        assert words in text
+    (finished_run / "strata.json").write_text(json.dumps({"strata": [{"difficulty": 0}]}))
+    with pytest.raises(RequestError, match=r"strata\.json: strata"):
+        render(finished_run)
+
+
 def test_report_of_half_a_run(finished_run: Path) -> None:
     (finished_run / "summary.json").unlink()
     text = render(finished_run)
