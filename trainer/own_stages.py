@@ -18,6 +18,7 @@ from torch import Tensor
 from data.errors import RequestError, RunError
 from data.import_path import load_by_path
 from data.records import Kind
+from trainer.gate import RankerScores
 from trainer.members import KIND_CODE, PADDING, Members
 from trainer.signals import Signals
 
@@ -90,7 +91,7 @@ def check_stage(path: str, *, prompts: int = 4, group: int = 6, tokens: int = 3,
 
 
 def _example(prompts: int, group: int, tokens: int) -> tuple[Members, Signals, Tensor]:
-    """Random groups with an invalid rollout and a ground truth as last member."""
+    """Random groups with an invalid rollout and a ground truth as last member, and every signal."""
     valid_PG = torch.ones(prompts, group + 1, dtype=torch.bool)
     valid_PG[0, group - 1] = False
     kind_PG = torch.zeros(prompts, group + 1, dtype=torch.int64)
@@ -102,7 +103,27 @@ def _example(prompts: int, group: int, tokens: int) -> tuple[Members, Signals, T
     hit_PG[:, [1, -1]] = True
     logp_PGT = -torch.rand(prompts, group + 1, tokens) - 0.1
     advantage_PG = torch.randn(prompts, group + 1).masked_fill(~valid_PG, 0.0)
-    return members, Signals(hit_PG=hit_PG, logp_PGT=logp_PGT), advantage_PG
+    signals = Signals(
+        hit_PG=hit_PG,
+        logp_PGT=logp_PGT,
+        engine_logp_PGT=logp_PGT + 0.01 * torch.randn_like(logp_PGT),
+        certainty_PGT=torch.rand_like(logp_PGT),
+        choices_PGT=torch.randint(1, 9, logp_PGT.shape).float(),
+        part_PG={"item_match": hit_PG.float()},
+        part_weight={"item_match": 1.0},
+        ranker=RankerScores(
+            rollout_PG=torch.randn(prompts, group + 1),
+            truth_P=torch.randn(prompts),
+            cross_PM=torch.randn(prompts, 2),
+            cross_valid_PM=torch.ones(prompts, 2, dtype=torch.bool),
+        ),
+        truth_logp_P=logp_PGT[:, -1].sum(-1),
+        matched_PG=hit_PG,
+        formatted_PG=torch.ones_like(hit_PG),
+        responded_P=torch.arange(prompts) % 2 == 0,
+        anchor_logp0_P=-torch.rand(prompts) - 0.1,
+    )
+    return members, signals, advantage_PG
 
 
 def _taken(members: Members, order: Tensor) -> Members:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,13 @@ def steady(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:
     """Halves the hits of rollouts."""
     assert signals.hit_PG is not None
     return torch.where(signals.hit_PG & members.rollout_PG, 0.5, 1.0)
+
+
+def curious(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:
+    """Reads every signal there is."""
+    values = [getattr(signals, field.name) for field in dataclasses.fields(signals)]
+    assert all(value is not None and value != {} for value in values if not isinstance(value, Tensor))
+    return torch.ones(members.valid_PG.shape)
 
 
 def negative(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:

@@ -391,7 +391,8 @@ def test_senseless_combinations_are_refused_with_the_reason(content: dict[str, A
 
 
 def test_the_contract_of_own_stages() -> None:
-    check_stage(f"{WHERE}:steady")
+    for kept in ("steady", "curious"):
+        check_stage(f"{WHERE}:{kept}")
     for broken, words in examples.BROKEN.items():
         with pytest.raises(AssertionError, match=words):
             check_stage(f"{WHERE}:{broken}")
