@@ -229,8 +229,10 @@ def check_days_are_free(folder: Path, timestamp_N: LongArray) -> None:
     """Refuse a log that holds one of the days already; asked before the work whose rows are to be written.
 
     Raises:
-        RequestError: names the first such day, or a time that is of no year from 1 to 9999.
+        RequestError: names the first such day, a time that is of no year from 1 to 9999, or a log that is no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(str(folder), "is no folder", "a folder of a feedback log, which may be new")
     strange_N = timestamp_N[(timestamp_N < FIRST_SECOND) | (timestamp_N > LAST_SECOND)]
     if len(strange_N):
         raise RequestError("feedback: timestamp", int(strange_N[0]), "seconds since 1970, in the years 1 to 9999")

@@ -248,6 +248,12 @@ def test_days_are_utc_and_can_be_chosen(tmp_path: Path) -> None:
     assert day_of(86_400) == "1970-01-02"
 
 
+def test_a_file_is_no_place_for_a_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    with pytest.raises(RequestError, match="is no folder"):
+        write_feedback(tmp_path / "log", table({"timestamp": 0}))
+
+
 @pytest.mark.parametrize("time", [1_600_000_000_000, 2**62, -(2**62)])
 def test_times_that_are_no_seconds_are_refused(time: int, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="seconds since 1970"):
