@@ -51,6 +51,14 @@ def test_self_normalised_values(pairs: list[tuple[float, float]], c: float, shif
         torch.testing.assert_close(weights_of(pairs, shift=shift), weight, rtol=1e-9, atol=1e-12)
 
 
+@given(logp0=st.lists(st.floats(-9, -0.01), min_size=1, max_size=9), gap=st.floats(-20, 20))
+@settings(max_examples=60, deadline=None)
+def test_equal_ratios_give_the_plain_mean(logp0: list[float], gap: float) -> None:
+    """Also when all of them are clipped."""
+    weight = weights_of([(value + gap, value) for value in logp0], Anchor(clip=10.0, moving_below=0))
+    torch.testing.assert_close(weight, torch.ones(len(logp0), dtype=torch.float64), rtol=1e-9, atol=0)
+
+
 def test_the_serving_policy_itself_gives_ones() -> None:
     assert torch.equal(weights_of([(-1.5, -1.5), (-3.25, -3.25)]), torch.ones(2, dtype=torch.float64))
 

@@ -121,6 +121,18 @@ def test_increasing_maps_of_the_ranker_change_nothing(
     assert flags(plain) == flags(mapped)
 
 
+@given(prompt=prompts(), value=st.integers(-4, 4).map(float), tau=st.sampled_from([0.1, 0.25, 0.5, 0.99]))
+@settings(max_examples=80, deadline=None)
+def test_a_constant_ranker_closes_every_gate(
+    prompt: tuple[list[float], float, list[float], float, list[float], list[bool]], value: float, tau: float
+) -> None:
+    policy, truth_policy, _, _, cross, hits = prompt
+    gate = Gate(kind=GateKind.ADAGRPO, tau=tau)
+    parts = parts_of(policy, truth_policy, [value] * len(policy), value, [value] * len(cross), hits, gate)
+    assert not parts.tail_P.any()
+    assert not gate_decisions(parts, torch.tensor([True]), gate, seed=0, step=0).any()
+
+
 def test_a_constant_ranker_closes_the_gate() -> None:
     parts = parts_of([-1.0] * 8, -9.0, [0.5] * 8, 0.5, [0.5] * 4, [False] * 8, Gate(kind=GateKind.ADAGRPO))
     assert flags(parts) == (True, False, False)

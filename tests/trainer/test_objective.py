@@ -51,26 +51,29 @@ def test_advantages_equal_the_formula(rewards: list[float], mode: StdMode) -> No
     assert bool(live[0]) == (max(rewards) > min(rewards))
 
 
-@given(hits=st.lists(st.booleans(), min_size=2, max_size=16), data=st.data())
+@given(hits=st.lists(st.booleans(), min_size=2, max_size=16), eps=st.sampled_from([0.0, 1e-4, 0.3]), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_binary_rewards_give_the_linear_auc(hits: list[bool], data: st.DataObject) -> None:
+def test_binary_rewards_give_the_linear_auc(hits: list[bool], eps: float, data: st.DataObject) -> None:
     score = torch.tensor(
         data.draw(st.lists(st.floats(-2, 2), min_size=len(hits), max_size=len(hits))), dtype=torch.float64
     )
     reward = torch.tensor([hits], dtype=torch.float64)
     positive = reward[0] == 1
     share = float(positive.double().mean())
-    for mode, factor in (
-        (StdMode.POPULATION, math.sqrt(share * (1 - share))),
-        (StdMode.NONE, share * (1 - share)),
-        (StdMode.SAMPLE, math.sqrt(share * (1 - share)) * math.sqrt((len(hits) - 1) / len(hits))),
+    deviation = math.sqrt(share * (1 - share))
+    for mode, divisor in (
+        (StdMode.POPULATION, deviation + eps),
+        (StdMode.NONE, 1.0),
+        (StdMode.SAMPLE, deviation * math.sqrt(len(hits) / (len(hits) - 1)) + eps),
     ):
-        advantage, _ = group_advantages(full_members(1, len(hits)), reward, mode, 0.0)
+        advantage, _ = group_advantages(full_members(1, len(hits)), reward, mode, eps)
         if share in (0.0, 1.0):
             assert not advantage.any()
             continue
         gaps = score[positive][:, None] - score[~positive][None]
-        assert float((advantage[0] * score).mean()) == pytest.approx(factor * float(gaps.mean()), abs=1e-9)
+        assert float((advantage[0] * score).mean()) == pytest.approx(
+            share * (1 - share) / divisor * float(gaps.mean()), abs=1e-9
+        )
 
 
 def test_equal_rewards_that_do_not_cancel_in_rounding_give_exactly_zero() -> None:
