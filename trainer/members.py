@@ -73,16 +73,13 @@ def batch_members(scored: ScoredGroups, completions: Completions, extra: Sequenc
             their group.
     """
     token_mask_PGT = completions.token_mask_PGT
-    valid_PG = completions.valid_PG & scored.usable_P[:, None]
-    kind_PG = np.full(valid_PG.shape, KIND_CODE[Kind.ROLLOUT], dtype=np.int64)
-    rollouts = valid_PG.shape[1] - len(extra)
     given_PG = scored.groups.finish_PG == Finish.GIVEN.value
-    kind_PG[:, :rollouts] = np.where(given_PG, KIND_CODE[Kind.DEMONSTRATION], kind_PG[:, :rollouts])
+    kind_PG = np.where(given_PG, KIND_CODE[Kind.DEMONSTRATION], KIND_CODE[Kind.ROLLOUT]).astype(np.int64)
+    extra_PE = np.tile(np.array([KIND_CODE[kind] for kind in extra], dtype=np.int64), (len(kind_PG), 1))
+    kind_PG = np.concatenate([kind_PG, extra_PE], 1)
+    needs_reward_PG = kind_PG != KIND_CODE[Kind.GROUND_TRUTH]
+    valid_PG = completions.valid_PG & (scored.usable_P[:, None] | ~needs_reward_PG)
     reward_PG = torch.nn.functional.pad(torch.tensor(scored.reward_PG), (0, len(extra)))
-    for column, kind in enumerate(extra, rollouts):
-        kind_PG[:, column] = KIND_CODE[kind]
-        if kind is Kind.GROUND_TRUTH:
-            valid_PG[:, column] = completions.valid_PG[:, column]
     members = Members(
         valid_PG=torch.from_numpy(valid_PG),
         kind_PG=torch.from_numpy(kind_PG),

@@ -171,8 +171,8 @@ def hard_top_k(x_PJ: Float[Tensor, "P J"], mask_PJ: Bool[Tensor, "P J"], k: floa
 def window_metrics(weights: WindowWeights, ranks: int = 20) -> dict[str, float]:
     """Mean weight by rank over the groups that have the rank, and how many groups were clamped."""
     metrics = {"window/clamped_groups": float(weights.clamped_P.sum())}
-    for rank in range(min(ranks, weights.rank_PG.shape[1])):
-        there_PG = weights.rank_PG == rank
-        if there_PG.any():
-            metrics[f"window/mass/{rank}"] = float(weights.weight_PG[there_PG].double().mean())
-    return metrics
+    there_PG = (weights.rank_PG >= 0) & (weights.rank_PG < ranks)
+    rank_N = weights.rank_PG[there_PG]
+    # Ranks are counted from 0 in every group, so none is left out below the largest.
+    mass_J = torch.bincount(rank_N, weights.weight_PG[there_PG].double()) / torch.bincount(rank_N)
+    return metrics | {f"window/mass/{rank}": mass for rank, mass in enumerate(mass_J.tolist())}
