@@ -74,6 +74,19 @@ COMMANDS: dict[str, Command] = {
         summary="time constrained beams against vLLM, transformers and the limit",
         answers=True,
     ),
+    "bench sync": Command(
+        target="launch.bench.sync:sync_command",
+        summary="time a push of the weights against a plain copy",
+        answers=True,
+    ),
+    "bench reward": Command(
+        target="launch.bench.reward:reward_command",
+        summary="time the rewards of a batch against a loop over its lists",
+        answers=True,
+    ),
+    "bench data": Command(
+        target="launch.bench.data:data_command", summary="time an import and the item trie", answers=True
+    ),
     "report": Command(target="launch.report:report_command", summary="write a run's HTML report"),
     "compare": Command(
         target="launch.compare:compare_command", summary="compare two runs with a paired bootstrap", answers=True

@@ -46,6 +46,15 @@ class Child:
         """What the function returns; its errors come through."""
         return self._ask("call", name, arguments)
 
+    @contextmanager
+    def concurrently(self, name: str, *arguments: Any) -> Iterator[None]:
+        """Call the function while the block runs; ends when both have."""
+        self._pipe.send(("call", name, arguments))
+        try:
+            yield
+        finally:
+            self._answer()
+
     def timer(self, name: str, *arguments: Any) -> Callable[[], float]:
         """Seconds of a call, taken in the process; the result stays there."""
 

@@ -28,9 +28,9 @@ class Way:
 
     time: Callable[[], float]
     """Does the work once and returns its seconds; `stopwatch` makes one of a plain function."""
-    tokens: int
-    """Tokens one repetition has to compute, for `tokens_per_s`."""
-    flops: float
+    tokens: int | None = None
+    """Tokens one repetition has to compute, for `tokens_per_s`; none where nothing is computed."""
+    flops: float | None = None
     """Operations one repetition has to do, for `mfu`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What this way was set to, for the answer."""
@@ -72,7 +72,7 @@ def answer(
     ways: Mapping[str, Way],
     seconds: Mapping[str, list[float]],
     *,
-    ceiling_tflops: float,
+    ceiling_tflops: float | None = None,
     checked: bool,
     ours: str = "ours",
     **figures: Any,
@@ -83,19 +83,20 @@ def answer(
         "checked": checked,
         **figures,
         **{name: each[ours][name] for name in ("seconds", "tokens_per_s", "mfu", "peak_mib")},
-        "ceiling_tflops": round(ceiling_tflops, 4),
+        "ceiling_tflops": ceiling_tflops,
         "ways": each,
         "settings": settings.record(),
         "machine": describe_machine(),
     }
 
 
-def _figures(way: Way, seconds: list[float], ceiling_tflops: float) -> dict[str, Any]:
+def _figures(way: Way, seconds: list[float], ceiling_tflops: float | None) -> dict[str, Any]:
     median = statistics.median(seconds)
+    computes = way.flops is not None and ceiling_tflops is not None
     return {
         "seconds": {"median": median, "all": seconds},
-        "tokens_per_s": way.tokens / median,
-        "mfu": way.flops / median / (ceiling_tflops * 1e12),
+        "tokens_per_s": None if way.tokens is None else way.tokens / median,
+        "mfu": (way.flops or 0.0) / median / ((ceiling_tflops or 1.0) * 1e12) if computes else None,
         "peak_mib": None if way.peak_mib is None else round(way.peak_mib(), 1),
         "settings": dict(way.settings),
     }
@@ -128,3 +129,23 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated() / MIB
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+class Local:
+    """Work in this process, timed, with the peak memory of its repetitions."""
+
+    def __init__(self, work: Callable[[], object], device: Device = Device.CPU) -> None:
+        self._time = stopwatch(work, device)
+        self._peak = PeakMemory(device)
+        self._peak_mib = 0.0
+
+    def time(self) -> float:
+        """Seconds of one repetition."""
+        self._peak.start()
+        seconds = self._time()
+        self._peak_mib = max(self._peak_mib, self._peak.mib())
+        return seconds
+
+    def peak_mib(self) -> float:
+        """Largest peak of this process or card so far, with what was there before."""
+        return self._peak_mib

@@ -2,7 +2,7 @@
 through the list of paths, with unequal depths, shared leaves, retired items, exclusions and end tokens; dead ends,
 illegal tokens and bad paths are refused; arrays and pickles keep the trie; where there is a GPU, it gives the same.
 
-Not checked: speed (`launch.trie_benchmark`).
+Not checked: speed (`windlass bench data`).
 """
 
 from __future__ import annotations
