@@ -1,0 +1,1 @@
+"""Continual retraining from the feedback log: journal, updates, guard, registry."""
