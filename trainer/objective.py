@@ -99,6 +99,7 @@ def objective_coefficients(
     anchors, metrics = _anchors(members, settings, signals, anchor_log_mean)
     if anchors is not None:
         reward_PG = _feedback_rewards(carriers, reward_PG, settings, signals, anchors)
+        metrics["reward/with_feedback"] = _mean(reward_PG, carriers.valid_PG)
     advantage_PG, live_P = _advantages(carriers, reward_PG, settings, signals)
     for factor_PG, told in _multipliers(carriers, advantage_PG, settings, signals, anchors):
         advantage_PG = advantage_PG * factor_PG
@@ -223,8 +224,7 @@ def _multipliers(
         factors.append((torch.where(anchors.member_PG, weight_P1, torch.ones_like(advantage_PG)), {}))
     for number, path in enumerate(settings.stages):
         factor_PG = own_multipliers(path, carriers, signals, advantage_PG)
-        mean = float(factor_PG[carriers.valid_PG].double().mean()) if carriers.valid_PG.any() else 1.0
-        factors.append((factor_PG, {f"stages/{number}/mean": mean}))
+        factors.append((factor_PG, {f"stages/{number}/mean": _mean(factor_PG, carriers.valid_PG)}))
     return factors
 
 
@@ -256,6 +256,11 @@ def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:
     truth_PG = members.of_kind(Kind.GROUND_TRUTH)
     mask = (members.token_mask_PGT & truth_PG.unsqueeze(-1)).float()
     return mask / mask.sum(-1, keepdim=True).clamp_min(1) / mask.shape[0]
+
+
+def _mean(value_PG: Tensor, mask_PG: Tensor) -> float:
+    """Mean over the masked members; 0 without any."""
+    return float(value_PG.double().masked_fill(~mask_PG, 0.0).sum() / mask_PG.sum().clamp_min(1))
 
 
 def _metrics(carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Tensor | None) -> dict[str, float]:

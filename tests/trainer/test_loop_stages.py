@@ -113,6 +113,7 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
             "anchor/weight_mean",
             "anchor/effective_size",
             "anchor/not_legal",
+            "reward/with_feedback",
             "tempering/mean",
             "window/mass/0",
             "truncation/mean",
