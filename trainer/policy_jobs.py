@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,10 +74,10 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
     begun = time.monotonic()
     data = PolicyData.open(job)
     samples = data.dataset.samples("train")
-    anchors, fingerprint = None, data.dataset.fingerprint
+    logged, fingerprint = None, data.dataset.fingerprint
     if job.feedback is not None:
-        samples, anchors = feedback_samples(job, data)
-        fingerprint = f"{fingerprint}+{anchors.digest}"
+        logged = logged_rows(job, data)
+        samples, fingerprint = logged.samples, f"{fingerprint}+{logged.anchors.digest}"
     if job.data.latest_rows is not None:
         samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
     check_batch(job, len(samples))
@@ -102,6 +102,8 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             )
         )
         rewards, service = stack.enter_context(reward_scorer(job, data.catalogue))
+        if logged is not None:
+            run.run_log.say(logged.told)
         _restore_cursor(run, feed)
         tracker = FailureTracker(job.reward)
         if run.state.failures:
@@ -116,7 +118,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "learners": run.learners,
             "tracker": tracker,
             "catalogue": data.catalogue,
-            "feedback": anchors,
+            "feedback": None if logged is None else logged.anchors,
         }
         if job.train_only is not None:
             loop: RlLoop = ReplayLoop(
@@ -131,10 +133,29 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "backend": "ray-serve" if service is not None else "rules",
             "requests": 0 if rewards.client is None else rewards.client.requests,
         }
+        if logged is not None:
+            result["feedback"] = {"rows": len(logged.samples), "left_out": logged.left_out}
         return result
 
 
-def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
+class LoggedRows(NamedTuple):
+    """Training rows of a feedback log."""
+
+    samples: Samples
+    """A row per request; its target is the exposed item where there was a response."""
+    anchors: Anchors
+    """Exposures by row."""
+    left_out: dict[str, int]
+    """Rows that cannot be used, by reason."""
+
+    @property
+    def told(self) -> str:
+        """One line for the person who watches."""
+        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.left_out.items())
+        return f"feedback: {len(self.samples):,} rows; left out: {reasons or 'none'}"
+
+
+def logged_rows(job: RlJob, data: PolicyData) -> LoggedRows:
     """The requests of the log as training rows, and their exposures by row; without a response there is no target.
 
     Raises:
@@ -153,7 +174,8 @@ def feedback_samples(job: RlJob, data: PolicyData) -> tuple[Samples, Anchors]:
     log = read_feedback(job.feedback, checks)
     samples, anchors = log.samples(), log.anchors()
     target_N = np.where(anchors.response_N > 0, samples.target_N, NO_ITEM).astype(np.int32)
-    return dataclasses.replace(samples, target_N=target_N), anchors
+    left_out = {reason: count for reason, count in log.counts.items() if count}
+    return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from data.records import NO_ITEM
 from tests.small_world import recipe, write_dataset
 from trainer.jobs import RlJob
 from trainer.policy_data import PolicyData
-from trainer.policy_jobs import feedback_samples
+from trainer.policy_jobs import logged_rows
 
 ROWS = 12
 
@@ -68,7 +68,8 @@ def test_rows_of_a_log_are_training_rows_with_a_target_where_there_was_a_respons
 ) -> None:
     data = PolicyData.open(job(dataset, tmp_path))
     log = write_log(tmp_path / "log", data.catalogue.digest)
-    samples, anchors = feedback_samples(job(dataset, log, {"mode": "append"}), data)
+    samples, anchors, left_out = logged_rows(job(dataset, log, {"mode": "append"}), data)
+    assert left_out == {}
     responded_N = np.arange(ROWS) % 3 == 0
     assert samples.sample_id_N.tolist() == list(range(ROWS))
     assert anchors.item_N.tolist() == list(range(20, 20 + ROWS))
@@ -81,18 +82,21 @@ def test_a_log_of_other_items_is_refused_and_one_from_before_a_retirement_is_not
     data = PolicyData.open(job(dataset, tmp_path))
     log = write_log(tmp_path / "log", data.catalogue.digest)
     retired = dataclasses.replace(data, catalogue=data.catalogue.retire([20]))
-    assert len(feedback_samples(job(dataset, log, {"mode": "append"}), retired)[0]) == ROWS - 1
+    kept = logged_rows(job(dataset, log, {"mode": "append"}), retired)
+    assert len(kept.samples) == ROWS - 1
+    assert kept.left_out == {"retired_item": 1}
+    assert kept.told == "feedback: 11 rows; left out: 1 retired item"
     foreign = write_log(tmp_path / "foreign", "another")
     with pytest.raises(RequestError, match=r"12 of 12 rows are bad \(12 foreign_catalogue"):
-        feedback_samples(job(dataset, foreign, {"mode": "append"}), data)
+        logged_rows(job(dataset, foreign, {"mode": "append"}), data)
     named = job(dataset, foreign, {"mode": "append"}, feedback_catalogues=["another"])
-    assert len(feedback_samples(named, data)[0]) == ROWS
+    assert len(logged_rows(named, data).samples) == ROWS
 
 
 def test_beams_are_refused_only_where_the_anchor_is_weighed(dataset: Path, tmp_path: Path) -> None:
     data = PolicyData.open(job(dataset, tmp_path))
     log = write_log(tmp_path / "log", data.catalogue.digest, decode="beam")
     with pytest.raises(RequestError, match="12 beam_exposure"):
-        feedback_samples(job(dataset, log, {"mode": "append"}), data)
+        logged_rows(job(dataset, log, {"mode": "append"}), data)
     for anchor in (None, {"mode": "feedback_only"}, {"mode": "append", "snips": "none"}):
-        assert len(feedback_samples(job(dataset, log, anchor), data)[0]) == ROWS
+        assert len(logged_rows(job(dataset, log, anchor), data).samples) == ROWS
