@@ -98,6 +98,10 @@ def test_invalid_members_change_nothing() -> None:
     masked, _ = group_advantages(members_of([[True, True, True, False]], [[3] * 4], 3), wide, StdMode.SAMPLE, 1e-4)
     assert torch.equal(masked[:, :3], narrow)
     assert masked[0, 3] == 0
+    equal = torch.tensor([[0.1, 0.1, 0.1, 99.0], [0.1, 0.1, 0.1, -99.0]])
+    none, live = group_advantages(members_of([[True] * 3 + [False]] * 2, [[3] * 4] * 2, 3), equal, StdMode.SAMPLE, 1e-4)
+    assert not none.any()
+    assert not live.any()
 
 
 def test_group_order_changes_nothing() -> None:
