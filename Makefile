@@ -1,5 +1,5 @@
 # make demo: set everything up and run the main job on MovieLens-100K.  make test: set everything up and pass the tests.
-.PHONY: setup demo test test-long check lock clean
+.PHONY: setup demo test test-long mutants check lock clean
 .DEFAULT_GOAL := test
 PYTEST := .venv/bin/python -m pytest -p no:cacheprovider
 
@@ -14,6 +14,10 @@ test: setup check
 
 test-long: setup
 	@$(PYTEST) -q -m long
+
+# Break the stages on purpose, one mutation at a time: the pure tests must notice each.
+mutants: setup
+	@.venv/bin/python -m tests.mutants
 
 check: setup
 	@.venv/bin/ruff check .
