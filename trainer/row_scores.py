@@ -55,12 +55,13 @@ class RowScores:
 
 
 def random_candidates(prompt: Prompt, catalogue: Catalogue, negatives: int, seed: int) -> IntArray | None:
-    """The target, then `negatives` other permitted items, drawn evenly without replacement; None where it cannot be."""
+    """The target, then `negatives` permitted items of other paths, drawn evenly without replacement; None where it
+    cannot be."""
     permitted_I = catalogue.active.copy()
     permitted_I[prompt.exclusions] = False
     if not 0 <= prompt.target < catalogue.n_items or not permitted_I[prompt.target]:
         return None
-    permitted_I[prompt.target] = False
+    permitted_I[catalogue.path_id == catalogue.path_id[prompt.target]] = False
     others = np.flatnonzero(permitted_I)
     if len(others) < negatives:
         return None

@@ -62,7 +62,7 @@ def test_random_candidates_are_permitted_distinct_and_fixed() -> None:
     assert random_candidates(prompts([5])[0], CATALOGUE, 8, seed=3) is None
 
 
-def test_beam_candidates_are_the_best_beams_without_the_targets_path() -> None:
+def test_candidates_are_the_best_beams_and_never_of_the_targets_path() -> None:
     beams = np.array([7, NO_ITEM, 5, 3, 9], np.int32)
     found = beam_candidates(prompts([5])[0], beams, CATALOGUE, 2)
     assert found is not None
@@ -74,6 +74,9 @@ def test_beam_candidates_are_the_best_beams_without_the_targets_path() -> None:
     prompt = (
         PromptBuilder(shared, history=5, exclude_seen=False, max_prompt_tokens=32).build(samples([[2]], [1])).prompts
     )
+    found = random_candidates(prompt[0], shared, 2, seed=0)
+    assert found is not None
+    assert sorted(found.tolist()) == [1, 2, 3]
     found = beam_candidates(prompt[0], np.array([0, 2, 3], np.int32), shared, 2)
     assert found is not None
     assert found.tolist() == [1, 2, 3]
