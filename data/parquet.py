@@ -52,11 +52,11 @@ def read_table(path: Path, schema: pa.Schema, *, exact: bool = True) -> pa.Table
         position = found.get_field_index(field.name)
         if position < 0 or not _same_type(found.field(position).type, field.type):
             actual = "no such column" if position < 0 else str(found.field(position).type)
-            raise RequestError(f"{path}: column {field.name}", actual, f"{field.type}; import the data again")
+            raise RequestError(f"{path}: column {field.name}", actual, f"{field.type}, as windlass writes it")
     try:
         return file.read(columns=schema.names if exact else None)
     except READ_ERRORS as error:
-        raise RequestError(str(path), f"damaged ({first_line(error)})", "the file as it was imported") from error
+        raise RequestError(str(path), f"damaged ({first_line(error)})", "the file as it was written") from error
 
 
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
