@@ -27,6 +27,7 @@ from launch.provenance import ROOT
 from launch.run_directory import MAY_CHANGE
 from launch.setting_names import Key, is_section, keys, must_be_given
 from launch.simulate_command import SimulateCommand
+from launch.strata_command import StrataCommand
 from trainer.durable import write_text
 from trainer.jobs import JOBS
 
@@ -38,10 +39,11 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "data simulate": SimulateCommand,
     "data bandit": BanditCommand,
     "eval": EvalCommand,
+    "strata": StrataCommand,
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
 SHARED_SECTIONS = ("rollout", "cluster")
-"""Sections of `eval` and `data simulate` that are the ones of the jobs."""
+"""Sections of `eval`, `strata` and `data simulate` that are the ones of the jobs."""
 
 HEAD = """# Configuration
 
