@@ -7,9 +7,9 @@ until the first failure; a mutation that passes them all has survived, and the e
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,8 @@ TREES = ("data", "rollout", "reward", "trainer", "launch", "tests")
 LIMIT_S = 300
 _PASSED, _FAILED = 0, 1
 """Exit statuses of pytest."""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch", "numpy", "pytest", "hypothesis", "pydantic", "jaxtyping"])
 
 
 class Mutation(NamedTuple):
@@ -88,16 +91,32 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def run_tests(tree: Path, files: Iterable[str]) -> tuple[int, str]:
-    """Exit status and output of pytest in the tree, up to the first failure; property tests draw the same examples."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+    """Exit status and output of pytest in the tree, up to the first failure; property tests draw the same examples.
+
+    In a fork of a process that has the large libraries loaded already, which halves the time.
+    """
+    log = tree / "pytest.log"
+    process = _FORKS.Process(target=_pytest_in, args=(tree, tuple(files), log))
+    process.start()
+    process.join(LIMIT_S)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
         return -1, f"no end within {LIMIT_S} s"
-    return done.returncode, done.stdout + done.stderr
+    return process.exitcode, log.read_text()
+
+
+def _pytest_in(tree: Path, files: tuple[str, ...], log: Path) -> NoReturn:
+    """In a process of its own: the tree's packages instead of those of this checkout."""
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    for name in [name for name in sys.modules if name.split(".")[0] in TREES]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path) != ROOT)]
+    sys.dont_write_bytecode = True
+    os.chdir(tree)
+    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files])))
 
 
 def outcome(tree: Path, mutation: Mutation) -> Outcome:
@@ -159,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("only", nargs="*", metavar="NAME", help="mutations to run (default: all)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="how many at a time")
     given = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the groups are small, and jobs share the cores
     try:
         mutations = chosen(given.only)
         outcomes = run(mutations, max(given.jobs, 1))
