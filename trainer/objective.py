@@ -129,7 +129,7 @@ def objective_coefficients(
         detached_PGT=_anchor_tokens(carriers) if detached else None,
         anchor_log_mean=anchor_log_mean if anchors is None else anchors.weights.moving_log_mean,
     )
-    return coefficients, metrics | _metrics(carriers, advantage_PG, live_P, gate_P)
+    return coefficients, metrics | _metrics(carriers, advantage_PG, live_P, gate_P, signals.hit_PG)
 
 
 def _carriers(members: Members, settings: ObjectiveSettings, signals: Signals) -> Members:
@@ -263,13 +263,15 @@ def _mean(value_PG: Tensor, mask_PG: Tensor) -> float:
     return float(value_PG.double().masked_fill(~mask_PG, 0.0).sum() / mask_PG.sum().clamp_min(1))
 
 
-def _metrics(carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Tensor | None) -> dict[str, float]:
+def _metrics(
+    carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Tensor | None, hit_PG: Tensor | None
+) -> dict[str, float]:
     valid_PG = carriers.valid_PG
     scored_P = valid_PG.any(1)
     gradient_P = live_P & scored_P & (advantage_PG != 0).any(1)
     if gate_P is not None:
         gradient_P = gradient_P & (gate_P > 0)
-    return {
+    metrics = {
         "groups/scored_share": float(scored_P.double().mean()),
         "groups/live_share": float(gradient_P.double().mean()),
         "groups/zero_variance_share": float((~live_P & scored_P).double().mean()),
@@ -277,3 +279,6 @@ def _metrics(carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Te
         "advantage/sum": float(advantage_PG.double().sum()),
         "advantage/abs_mean": float(advantage_PG.abs().double().sum() / valid_PG.sum().clamp_min(1)),
     }
+    if hit_PG is not None:
+        metrics["groups/no_hit_share"] = float((scored_P & ~(hit_PG & valid_PG).any(1)).double().mean())
+    return metrics

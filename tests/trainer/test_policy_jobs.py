@@ -1,5 +1,6 @@
 """Contract: a feedback log becomes training rows whose ids are the rows of its exposures; a log of other items, and
-beams where importance weights are asked for, are refused; a log written before a retirement is not.
+beams where importance weights are asked for, are refused; a log written before a retirement is not. Single rows that
+cannot be used are left out and counted by reason; a log of nothing else is refused.
 
 Not checked here: running the jobs (tests/launch/test_whole_job.py), the reader's other checks (tests/data).
 """
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data.errors import RequestError
-from data.feedback import PropensityKind, single_item_log, write_feedback
+from data.feedback import SCHEMA, FeedbackLog, PropensityKind, single_item_log, write_feedback
 from data.records import NO_ITEM
-from tests.small_world import recipe, write_dataset
+from tests.small_world import ITEMS, recipe, write_dataset
 from trainer.jobs import RlJob
 from trainer.policy_data import PolicyData
 from trainer.policy_jobs import logged_rows
@@ -43,23 +45,31 @@ def job(dataset: Path, log: Path, anchor: dict[str, Any] | None = None, **sectio
     return RlJob.model_validate(content)
 
 
-def write_log(folder: Path, digest: str, *, decode: str = "sample") -> Path:
+def plain_log(digest: str, *, decode: str = "sample", rows: int = ROWS) -> FeedbackLog:
     kind = PropensityKind.NONE if decode == "beam" else PropensityKind.SAMPLE
-    log = single_item_log(
-        request_id=[f"r{row}" for row in range(ROWS)],
-        user_id_N=np.arange(ROWS, dtype=np.int32),
-        timestamp_N=np.arange(ROWS, dtype=np.int64),
-        history=[np.array([row], np.int32) for row in range(ROWS)],
-        exposed_N=np.arange(ROWS, dtype=np.int32) + 20,
-        response_N=(np.arange(ROWS) % 3 == 0).astype(np.float32),
-        logp0_N=np.full(ROWS, -2.0, np.float32),
+    return single_item_log(
+        request_id=[f"r{row}" for row in range(rows)],
+        user_id_N=np.arange(rows, dtype=np.int32),
+        timestamp_N=np.arange(rows, dtype=np.int64),
+        history=[np.array([row], np.int32) for row in range(rows)],
+        exposed_N=np.arange(rows, dtype=np.int32) + 20,
+        response_N=(np.arange(rows) % 3 == 0).astype(np.float32),
+        logp0_N=np.full(rows, -2.0, np.float32),
         propensity_kind=kind,
         policy_version="v0",
-        decode=[decode] * ROWS,
+        decode=[decode] * rows,
         temperature=1.0,
         catalogue_digest=digest,
     )
-    write_feedback(folder, log.table)
+
+
+def write_log(folder: Path, digest: str, *, decode: str = "sample") -> Path:
+    write_feedback(folder, plain_log(digest, decode=decode).table)
+    return folder
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    write_feedback(folder, pa.Table.from_pylist(rows, schema=SCHEMA))
     return folder
 
 
@@ -100,3 +110,33 @@ def test_beams_are_refused_only_where_the_anchor_is_weighed(dataset: Path, tmp_p
         logged_rows(job(dataset, log, {"mode": "append"}), data)
     for anchor in (None, {"mode": "feedback_only"}, {"mode": "append", "snips": "none"}):
         assert len(logged_rows(job(dataset, log, anchor), data).samples) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fault"),
+    [
+        ("logp0", [-np.inf], "zero_propensity"),
+        ("logp0", [0.1], "positive_log_propensity"),
+        ("logp0", [None], "missing_propensity"),
+        ("policy_version", None, "missing_policy_version"),
+        ("response", [1.5], "bad_response"),
+        ("response", [np.nan], "bad_response"),
+        ("exposed", [ITEMS], "unknown_item"),
+        ("exposed", [19], "retired_item"),
+        ("decode", "beam", "beam_exposure"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_left_out_and_counted(
+    dataset: Path, tmp_path: Path, column: str, value: Any, fault: str
+) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    data = dataclasses.replace(data, catalogue=data.catalogue.retire([19]))
+    rows = plain_log(data.catalogue.digest, rows=25).table.to_pylist()
+    bad = write(tmp_path / "one", [*rows[:7], {**rows[7], column: value}, *rows[8:]])
+    kept = logged_rows(job(dataset, bad, {"mode": "append"}), data)
+    assert kept.left_out == {fault: 1}
+    assert kept.anchors.item_N.tolist() == [item for item in range(20, 45) if item != 27]
+    assert kept.samples.sample_id_N.tolist() == list(range(24))
+    all_bad = write(tmp_path / "all", [{**row, column: value} for row in rows])
+    with pytest.raises(RequestError, match=f"25 {fault}"):
+        logged_rows(job(dataset, all_bad, {"mode": "append"}), data)
