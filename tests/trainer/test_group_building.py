@@ -117,6 +117,9 @@ def test_a_refilled_run_counts_and_continues_to_the_bit(world: World) -> None:
         missing = metrics["refill/missing_groups"]
         assert metrics["groups/zero_variance_share"] == missing / 8
         assert metrics["groups/scored_share"] == 1
+        # Beams have the hit once at most, so a group without variance is one without its ground truth.
+        assert metrics["groups/no_hit_share"] == metrics["groups/zero_variance_share"]
+    assert host_of(plain).steps[1]["groups/no_hit_share"] > 0
     live = [host_of(plain).steps[step]["groups/live_share"] for step in (1, 2, 3)]
     assert steps[1]["groups/live_share"] > live[0]
     assert steps[1]["reward/mean"] == host_of(plain).steps[1]["reward/mean"]
@@ -133,7 +136,7 @@ def test_a_refilled_run_counts_and_continues_to_the_bit(world: World) -> None:
 def test_a_step_never_has_a_prompt_twice(world: World) -> None:
     loop = world.build("epochs", group=group(refill="oversample", extra_batches=64))
     loop.feed.epoch, loop.feed.batch = 0, loop.feed.batches_per_epoch - 1
-    prompts, scored, metrics = loop.collect(1)
+    prompts, scored, _, metrics, _ = loop.collect(1)
     ids = [prompt.prompt_id for prompt in prompts]
     assert len(set(ids)) == len(ids) == 8
     assert scored.groups.prompt_id_P.tolist() == ids

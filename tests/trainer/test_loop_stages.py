@@ -127,6 +127,15 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
     assert loop.state.anchor_log_mean is not None
 
 
+def test_the_stages_have_a_phase_of_their_own(world: World) -> None:
+    loop = build(world, "phases", limits=world.job.limits.model_copy(update={"max_steps": 1}))
+    told: dict[str, float] = {}
+    loop.host.log = lambda step, metrics: told.update(metrics)  # type: ignore[method-assign]
+    loop.run()
+    assert {"time/rollout", "time/reward", "time/score", "time/objective", "time/update", "time/push"} <= told.keys()
+    assert 0 < told["time/objective"] < told["time/step"]
+
+
 def test_a_restart_continues_to_the_bit_with_the_moving_mean(world: World) -> None:
     whole = build(world, "whole")
     whole.run()
