@@ -126,6 +126,22 @@ def test_cross_negatives_are_items_of_others_and_of_nobody_here() -> None:
     assert np.array_equal(again[[1, 2, 0]], cross_negatives(prompts(), groups, 3, seed=0))
 
 
+def test_a_ground_truth_that_others_got_is_no_cross_negative() -> None:
+    first, *others = prompts()
+    wanted = [dataclasses.replace(first, target=7), *others]
+    assert set(cross_negatives(wanted, scored().groups, 9, seed=0)[0].tolist()) == {1, 2, 8, NO_ITEM}
+
+
+def test_prompts_with_the_same_items_to_draw_from_draw_their_own() -> None:
+    """The same prompt twice under two ids: the same pool, other draws."""
+    groups = scored().groups.take(np.array([0, 0, 1]))
+    first, _, other = prompts()
+    twins = [first, dataclasses.replace(first, prompt_id=8), other]
+    drawn = [cross_negatives(twins, groups, 2, seed=seed)[:2] for seed in range(30)]
+    assert {tuple(sorted(row.tolist())) for pair in drawn for row in pair} == {(7, 8)}
+    assert any(not np.array_equal(*pair) for pair in drawn)
+
+
 def test_the_gate_asks_for_everything_in_one_request() -> None:
     scorer = rewards(failing=(1,))
     found = gate_scores(scorer, prompts(), scored().groups, Gate(kind=GateKind.ADAGRPO, negatives=2), seed=0)

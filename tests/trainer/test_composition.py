@@ -266,6 +266,22 @@ def test_the_multipliers_are_a_product_and_the_anchor_keeps_the_window_weight_on
     torch.testing.assert_close(advantages("tempering")[[0, 2, 4]], plain[[0, 2, 4]], rtol=0, atol=0)
 
 
+def test_the_anchor_weight_multiplies_the_anchors_alone() -> None:
+    batch = Batch(4, anchored=True)
+    off = {"anchor": {"mode": "append", "snips": "none"}}
+    weighed = {"anchor": {"mode": "append", "snips": "advantage", "moving_below": 0}}
+    plain, found = (batch.coefficients(ObjectiveSettings.model_validate(on))[0].advantage_PGT for on in (off, weighed))
+    assert torch.equal(found[:, :ANCHOR], plain[:, :ANCHOR])
+    rows = batch.members.valid_PG[:, ANCHOR]
+    logp_PGT, logp0_P = batch.signals.logp_PGT, batch.signals.anchor_logp0_P
+    assert logp_PGT is not None
+    assert logp0_P is not None
+    ratio = (logp_PGT[rows, ANCHOR].sum(-1) - logp0_P[rows]).exp().clamp_max(10.0)
+    expected = plain[rows, ANCHOR] * (ratio / ratio.mean())[:, None]
+    torch.testing.assert_close(found[rows, ANCHOR], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[rows, ANCHOR], plain[rows, ANCHOR])
+
+
 def test_anchors_are_counted_weighed_and_remembered() -> None:
     batch = Batch(1, anchored=True)
     objective = ObjectiveSettings.model_validate({"anchor": {"mode": "append"}, "nll_weight": 0.1})

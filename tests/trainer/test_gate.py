@@ -223,6 +223,8 @@ def test_ablations_combine_their_parts(kind: GateKind, expected: list[int]) -> N
     opened = gate_decisions(some_parts(), has_truth, Gate(kind=kind), seed=0, step=1)
     assert opened.int().tolist() == expected
     if kind is not GateKind.NONE:
+        unknown = gate_decisions(some_parts(), torch.ones(6, dtype=torch.bool), Gate(kind=kind), seed=0, step=1)
+        assert unknown.int().tolist() == [*expected[:5], 0]
         closed = Gate(kind=kind, without_truth=WithoutTruth.CLOSED)
         assert gate_decisions(some_parts(), has_truth, closed, seed=0, step=1).int().tolist() == [*expected[:5], 0]
 
