@@ -1,5 +1,5 @@
 # make demo: set everything up and run the main job on MovieLens-100K.  make test: set everything up and pass the tests.
-.PHONY: setup demo test test-long mutants check lock clean
+.PHONY: setup demo test test-long mutants bench check lock clean
 .DEFAULT_GOAL := test
 PYTEST := .venv/bin/python -m pytest -p no:cacheprovider
 
@@ -18,6 +18,10 @@ test-long: setup
 # Break the stages on purpose, one mutation at a time: the pure tests must notice each.
 mutants: setup
 	@.venv/bin/python -m tests.mutants
+
+# Run the benchmarks small and say what got slower than what was last accepted for this kind of machine.
+bench: setup
+	@.venv/bin/windlass bench suite
 
 check: setup
 	@.venv/bin/ruff check .

@@ -87,6 +87,11 @@ COMMANDS: dict[str, Command] = {
     "bench data": Command(
         target="launch.bench.data:data_command", summary="time an import and the item trie", answers=True
     ),
+    "bench suite": Command(
+        target="launch.bench.suite:suite_command",
+        summary="the benchmarks, small, against the ratios last accepted (make bench)",
+        answers=True,
+    ),
     "report": Command(target="launch.report:report_command", summary="write a run's HTML report"),
     "compare": Command(
         target="launch.compare:compare_command", summary="compare two runs with a paired bootstrap", answers=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,20 @@ import torch
 
 from launch.bench.settings import Device
 
-SQUARE = {Device.CPU: (1024, 2048, 3072), Device.CUDA: (4096, 8192, 16384)}
+SQUARE = {Device.CPU: (1024, 2048), Device.CUDA: (4096, 8192, 16384)}
 """Edges of the square products that are tried; the fastest is the ceiling."""
-_TIMES = 5
+_TIMES = 4
 
 
-def matmul_ceiling_tflops(dtype: torch.dtype, *, threads: int, device: Device) -> float:
-    """TFLOP/s of the fastest matrix product, measured now with the given type and threads.
+def matmul_ceiling_tflops(
+    dtype: torch.dtype, *, threads: int, device: Device, edges: Sequence[int] | None = None
+) -> float:
+    """TFLOP/s of the fastest matrix product of `edges`, measured now with the given type and threads.
 
     Sets torch's number of threads.
     """
     torch.set_num_threads(threads)
-    return max(_product_tflops(edge, dtype, device) for edge in SQUARE[device])
+    return max(_product_tflops(edge, dtype, device) for edge in edges or SQUARE[device])
 
 
 def _product_tflops(edge: int, dtype: torch.dtype, device: Device) -> float:

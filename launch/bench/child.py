@@ -31,7 +31,10 @@ class Child:
         environment: Mapping[str, str],
         device: Device = Device.CPU,
     ) -> None:
-        """Start a process with `environment` added to ours and call `build(*arguments)` in it."""
+        """Start a process with `environment` added to ours and call `build(*arguments)` in it.
+
+        Does not wait for it, so that several come up side by side; the first call does.
+        """
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._peak_mib: dict[str, float] = {}
@@ -40,7 +43,7 @@ class Child:
         with _environment(environment):
             self._process.start()
         other.close()
-        self._answer()
+        self._ready = False
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What the function returns; its errors come through."""
@@ -49,6 +52,7 @@ class Child:
     @contextmanager
     def concurrently(self, name: str, *arguments: Any) -> Iterator[None]:
         """Call the function while the block runs; ends when both have."""
+        self.wait()
         self._pipe.send(("call", name, arguments))
         try:
             yield
@@ -69,7 +73,18 @@ class Child:
         """Peak memory of the process during the timed calls of the function, its weights and caches included."""
         return self._peak_mib[name]
 
+    def wait(self) -> None:
+        """Until the process is up.
+
+        Raises:
+            WindlassError: it did not come up; what `build` raised.
+        """
+        if not self._ready:
+            self._answer()
+            self._ready = True
+
     def _ask(self, kind: str, name: str, arguments: tuple[Any, ...]) -> Any:
+        self.wait()
         self._pipe.send((kind, name, arguments))
         return self._answer()
 
@@ -85,7 +100,7 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.is_alive():
+        if self._process.is_alive() and self._ready:
             self._pipe.send(("call", "close", ()))
             self._process.join(30)
         if self._process.is_alive():

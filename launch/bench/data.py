@@ -1,4 +1,4 @@
-"""`windlass bench data`: importing a file of made-up events, and the item trie.
+"""`windlass bench data`: importing a file of made-up events beside only reading it, and the item trie.
 
 The file holds events with text keys as in the Amazon sets: a tenth as many users as rows, half a million items at
 most, long-tailed. Every import runs in a process of its own, whose peak memory is reported.
@@ -20,7 +20,7 @@ import tyro
 from pydantic import Field
 
 from launch.bench.child import Child, Functions
-from launch.bench.frame import Way, answer, paired
+from launch.bench.frame import Local, Way, answer, paired, ratio
 from launch.bench.settings import BenchSettings
 from launch.bench.trie import measure_trie
 
@@ -57,7 +57,11 @@ def data_command(
         path = Path(folder) / f"events.{settings.kind.value}"
         write_events(path, settings.rows, settings.seed)
         importer = Importer(path, settings.threads)
-        ways = {"ours": Way(time=importer.time, peak_mib=lambda: importer.peak_mib, settings={"processes": 1})}
+        read = Local(lambda: read_only(path))
+        ways = {
+            "ours": Way(time=importer.time, peak_mib=lambda: importer.peak_mib, settings={"processes": 1}),
+            "read": Way(time=read.time, peak_mib=read.peak_mib, settings={"columns": list(_SCHEMA.names)}),
+        }
         seconds = paired(ways, settings.repeats)
         file_mib = path.stat().st_size / 2**20
     trie = measure_trie(settings.items, settings.seed) if settings.items else None
@@ -66,6 +70,7 @@ def data_command(
         ways,
         seconds,
         checked=importer.every_row_counted(settings.rows) and (trie is None or bool(trie["checked"])),
+        fraction_of_read=ratio(seconds, "read", "ours"),
         counts=importer.counts,
         file_mib=file_mib,
         trie=trie,
@@ -115,6 +120,14 @@ def build_import(path: Path, out: Path) -> Functions:
         return {"counts": card["counts"], "dropped": card["dropped"]}
 
     return {"import": run, "counts": counts, "close": lambda: None}
+
+
+def read_only(path: Path) -> int:
+    """Rows of the file, every column parsed and dropped again: what no import can beat."""
+    if path.suffix == ".csv":
+        with pv.open_csv(path) as reader:
+            return sum(batch.num_rows for batch in reader)
+    return sum(batch.num_rows for batch in pq.ParquetFile(path).iter_batches())
 
 
 def write_events(path: Path, rows: int, seed: int) -> None:

@@ -109,17 +109,32 @@ def bench_model(settings: BenchSettings) -> Iterator[BenchModel]:
                 dtype=getattr(torch, settings.dtype.value),
                 target=folder,
             )
-        elif Path(settings.model).is_dir():
-            folder = open_model(Path(settings.model))
-            catalogue = Catalogue.load(folder / CATALOGUE)
         else:
-            raise RequestError("--model", settings.model, f"{', '.join(PRESETS)}, or a model folder")
+            folder = _folder(settings.model)
+            catalogue = Catalogue.load(folder / CATALOGUE)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder)
         model = BenchModel(hf_dir=folder, catalogue=catalogue, config=config, arithmetic=Arithmetic.of(config))
         check_fits(settings, model)
         yield model
+
+
+def bench_catalogue(settings: BenchSettings) -> Catalogue:
+    """The catalogue of `--model` alone.
+
+    Raises:
+        RequestError: neither a preset nor a model folder with a catalogue.
+    """
+    if settings.model in PRESETS:
+        return random_catalogue(settings)
+    return Catalogue.load(_folder(settings.model) / CATALOGUE)
+
+
+def _folder(model: str) -> Path:
+    if not Path(model).is_dir():
+        raise RequestError("--model", model, f"{', '.join(PRESETS)}, or a model folder")
+    return open_model(Path(model))
 
 
 def _preset_config(name: str, catalogue: Catalogue) -> Any:

@@ -19,7 +19,7 @@ from data.errors import RequestError
 from data.records import Decode, DecodeSpec, Finish, Groups, IntArray, Prompt, ScoredGroups
 from launch.bench.ceiling import causal_pairs, matmul_ceiling_tflops
 from launch.bench.frame import Local, Way, answer, paired, ratio
-from launch.bench.models import bench_model
+from launch.bench.models import bench_catalogue
 from launch.bench.settings import BenchSettings, Device
 from reward.batch_scoring import BatchScores, score_batch
 from reward.client import RewardClient
@@ -50,10 +50,9 @@ def reward_command(
     settings: Annotated[RewardBench, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
     """Time the rewards of a batch of groups, at once and list by list."""
-    ceiling = matmul_ceiling_tflops(torch.float32, threads=settings.threads, device=Device.CPU)
-    with bench_model(settings) as model:
-        catalogue = model.catalogue
+    catalogue = bench_catalogue(settings)
     prompts, groups = random_groups(settings, catalogue)
+    ceiling = matmul_ceiling_tflops(torch.float32, threads=settings.threads, device=Device.CPU)
     network = random_ranker(settings, catalogue.n_items)
     whole = scorer(settings.reward, SASRecRanker(network, chunk=settings.reward.chunk), settings.reward.chunk)
     # Alone a list would pay for the padding of a chunk; the loop gets a ranker that does not pad.

@@ -129,6 +129,8 @@ def competitors(settings: RolloutBench, model: BenchModel, ways: Sequence[str]) 
         children["transformers"] = start(
             transformers_way.build, model.hf_dir, settings.threads, settings.dtype.value, settings.device
         )
+        for child in children.values():
+            child.wait()
         yield children
 
 

@@ -19,7 +19,7 @@ from trainer.initial_model import CATALOGUE
 
 BLOCK_SIZE = 32
 MAX_SEQUENCES = 256
-TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP = 4096
 CACHE_GIB = 2.0
 """Room for 64 prompts of 511 tokens with 50 beams each, so that nothing is computed twice for want of it."""
 
