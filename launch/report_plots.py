@@ -62,7 +62,7 @@ def lines(steps: Steps, metric_names: Sequence[str], *, ylabel: str, log: bool =
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def stacked_time(steps: Steps) -> str | None:
@@ -83,7 +83,7 @@ def stacked_time(steps: Steps) -> str | None:
         axes.set_xlabel("step")
         axes.set_ylabel("seconds")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | None:
@@ -112,7 +112,7 @@ def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | Non
         axes.set_xlabel("K")
         axes.set_ylabel(f"{metric.upper()}@K")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", interval: str = "") -> str | None:
@@ -151,10 +151,11 @@ def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", inter
         axes.set_xlabel("rank of the ground truth by the policy before training")
         axes.set_ylabel(ylabel)
 
-    return _svg(draw)
+    return svg(draw)
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
+def svg(draw: Callable[[Axes], None]) -> str:
+    """One plot in the style of all."""
     with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=PALETTE)}):
         figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         try:

@@ -18,6 +18,9 @@ The file is saved after each row and shared step, so an interrupted run continue
 `--max-minutes` ends it between two of them. The table then replaces what stands between the two markers of NAME in
 docs/results.md; what was not measured says so. Rows may hold a `result` and no command: published numbers. With
 `"commands": true` a second table below tells each row's commands, with its `seed`, its commit and its seconds.
+
+`"page": "benchmarks.md"` puts a table on another page of docs than results.md, and `plots` draws its rows into files
+beside it (`launch.result_plots`).
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from launch.run_directory import SUMMARY, read_json
 from trainer.durable import write_text
 
 FORMAT = 1
-TABLES = ("docs/results", "docs/results.md")
+PAGE = "results.md"
+TABLES = ("docs/results", "docs/results.md", "docs/benchmarks.md", "docs/images")
 """What this command writes in the checkout; earlier rows change nothing that later ones run."""
 Runner = Callable[[Sequence[str]], Mapping[str, Any]]
 
@@ -201,22 +205,36 @@ def run_windlass(command: Sequence[str]) -> Mapping[str, Any]:
 
 
 def render(docs: Path, names: Sequence[str]) -> None:
-    """Write the tables between their markers in docs/results.md.
+    """Write the tables between their markers on their pages, and draw their plots.
 
     Raises:
-        RequestError: results.md has not exactly one pair of markers for a table.
+        RequestError: a page has not exactly one pair of markers for a table.
     """
-    page = docs / "results.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    pages: dict[Path, str] = {}
     for name in names:
+        table = read_table(docs / "results" / f"{name}.json")
+        page = docs / table.get("page", PAGE)
+        text = pages.get(page) or (page.read_text(encoding="utf-8") if page.is_file() else "")
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
             raise RequestError(str(page), f"no place for the table {name}", f"one pair of lines {begin} and {end}")
         before, after = text.index(begin) + len(begin), text.index(end)
-        table = markdown(read_table(docs / "results" / f"{name}.json"))
-        text = f"{text[:before]}\n{table}\n{text[after:]}"
-    if names:
+        pages[page] = f"{text[:before]}\n{markdown(table)}\n{text[after:]}"
+        draw_plots(docs, table)
+    for page, text in pages.items():
         write_text(page, text)
+
+
+def draw_plots(docs: Path, table: Mapping[str, Any]) -> None:
+    """Draw the plots of a table that have something to show."""
+    if "plots" not in table:
+        return
+    from launch.result_plots import ResultPlot
+
+    for plot in table["plots"]:
+        drawn = ResultPlot.model_validate(plot).svg(table["rows"])
+        if drawn is not None:
+            write_text(docs / plot["file"], drawn + "\n")
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -267,5 +285,9 @@ def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float):
+        if abs(value) >= 10_000:
+            return f"{value:,.0f}"
         return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return str(value)

@@ -30,7 +30,10 @@ from rollout.settings import EngineKind, RolloutSettings
 PREFILLS: Final = ("prefill", "vllm_prefill")
 VLLM_WAYS: Final = ("vllm_prefill", "vllm_one_token", "vllm_beam_search")
 WAYS: Final = ("ours", "prefill", *VLLM_WAYS, "transformers")
-SLOW_REPEATS: Final = {"vllm_beam_search": 2, "transformers": 1}
+SLOW_REPEATS: Final = {"vllm_one_token": 3, "vllm_beam_search": 2, "transformers": 1}
+"""Repetitions of the ways that take many times as long as ours."""
+WARM_UP_PROMPTS: Final = 8
+"""Prompts with which the slow ways warm up."""
 CHECKED_PROMPTS: Final = 4
 """Prompts whose beams are compared with transformers' where that way is not timed."""
 SWEEP_LENGTHS: Final = (129, 250, 511)
@@ -98,14 +101,15 @@ def rollout_command(
                 for length, width in dict.fromkeys(shapes)
             ]
     main, *others = points
-    return {**main, "sweep": [_short(point) for point in points]} if others else main
+    return {**main, "sweep": dict(map(_short, points))} if others else main
 
 
-def _short(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of the sweep: its shape, its ratios, and the medians."""
+def _short(point: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A point of the sweep by its shape (`250x16`): its ratios, and the medians."""
     ratios = {name: value for name, value in point.items() if name.startswith(("fraction", "speedup", "checked"))}
     medians = {name: way["seconds"]["median"] for name, way in point["ways"].items()}
-    return {**{name: point["settings"][name] for name in ("prompt_len", "width")}, **ratios, "seconds": medians}
+    shape = {name: point["settings"][name] for name in ("prompt_len", "width")}
+    return "{prompt_len}x{width}".format(**shape), {**shape, **ratios, "seconds": medians}
 
 
 @contextmanager
@@ -186,6 +190,7 @@ def measure(
         checked=compared.passed,
         fraction_of_limit=min(floors) * grown / ours if floors else None,
         floor_seconds=min(floors) if floors else None,
+        limit_seconds=min(floors) * grown if floors else None,
         limit_over_floor=grown,
         speedup_vs_vllm_beam_search=ratio(seconds, "vllm_beam_search", "ours"),
         speedup_vs_one_token_requests=ratio(seconds, "vllm_one_token", "ours"),
@@ -210,14 +215,14 @@ def _way(
         "transformers": ("transformers", "beams", (plain, width)),
     }[name]
     child = children[owner]
-    few = plain[: transformers_way.PROMPTS_PER_CALL]
+    few = plain[:WARM_UP_PROMPTS]
     tokens, flops = work(settings, model, beams=name not in PREFILLS)
     return Way(
         time=child.timer(function, *arguments),
         tokens=tokens,
         flops=flops,
         repeats=SLOW_REPEATS.get(name),
-        warm_up=child.timer("beams", few, width) if name == "transformers" else None,
+        warm_up=child.timer(function, few, width) if name in SLOW_REPEATS else None,
         peak_mib=lambda: child.peak_mib(function),
         settings=_recorded(name, settings, settings.prompt_len + model.levels),
     )
@@ -232,10 +237,10 @@ def _recorded(name: str, settings: RolloutBench, longest: int) -> dict[str, Any]
             "constrained": True,
             "prompts_per_call": transformers_way.PROMPTS_PER_CALL,
             "attention": "sdpa",
-            "repeats": SLOW_REPEATS[name],
+            "repeats": min(SLOW_REPEATS[name], settings.repeats),
         }
     arguments = vllm_ways.engine_settings(dtype=settings.dtype.value, longest=longest, width=settings.width)
-    repeats = SLOW_REPEATS.get(name, settings.repeats)
+    repeats = min(SLOW_REPEATS.get(name, settings.repeats), settings.repeats)
     return {"constrained": name == "vllm_one_token", "repeats": repeats, **arguments}
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
@@ -101,6 +102,8 @@ def bench(tmp_path: Path, *arguments: str, blocked: bool) -> dict[str, object]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, object] = json.loads(done.stdout)
+    schema = json.loads((ROOT / "docs" / "schemas" / "bench.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer)
     return answer
 
 

@@ -20,7 +20,8 @@ from data.errors import RequestError, RunError
 from launch import cli
 from launch.config import RECIPES
 from launch.provenance import ROOT, commit
-from launch.results import is_made, markdown, measure, read_table
+from launch.result_plots import ResultPlot
+from launch.results import is_made, markdown, measure, read_table, render
 from launch.train_arguments import resolve, split_arguments
 
 TABLES = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -162,3 +163,48 @@ def test_the_objectives_table_has_every_recipe_of_the_methods() -> None:
     methods = {path.stem for path in RECIPES.glob("*.yaml") if "Run `windlass demo`" in path.read_text()}
     assert methods
     assert methods <= there
+
+
+def test_plots_show_the_rows_that_have_values(tmp_path: Path) -> None:
+    def row(length: int, width: int, seconds: float | None) -> dict[str, Any]:
+        return {"name": f"{length}", "result": {"at": {"length": length, "width": width}, "s": seconds, "none": None}}
+
+    rows = [row(500, 16, 3.0), row(100, 16, 1.0), row(100, 4, 9.0), {"name": "not run", "result": None}]
+    plot = ResultPlot(
+        file="images/x.svg",
+        x="at.length",
+        xlabel="tokens",
+        ylabel="seconds",
+        lines={"ours": "s", "absent": "none"},
+        where={"at.width": 16},
+    )
+    assert plot.points(rows, "s") == [(100.0, 1.0), (500.0, 3.0)]
+    drawn = plot.svg(rows)
+    assert drawn is not None
+    assert drawn.startswith("<svg")
+    assert ">ours<" in drawn
+    assert ">absent<" not in drawn
+    assert plot.svg(rows[:1]) is None
+    assert plot.svg(rows) == drawn
+
+
+def test_a_table_may_stand_on_another_page(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "images").mkdir()
+    for name, page in (("t", "other.md"), ("u", "other.md")):
+        content = {
+            "format": 1,
+            "page": page,
+            "columns": {"rows": "n"},
+            "plots": [{"file": f"images/{name}.svg", "x": "n", "xlabel": "n", "ylabel": "n", "lines": {"n": "n"}}],
+            "rows": [{"name": f"{name} {n}", "result": {"n": n}} for n in (1, 2)],
+        }
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "other.md").write_text(
+        "".join(f"<!-- results:{name} -->\n<!-- /results:{name} -->\n" for name in ("t", "u"))
+    )
+    render(tmp_path, ["t", "u"])
+    text = (tmp_path / "other.md").read_text()
+    assert "| t 2 | 2 |" in text
+    assert "| u 1 | 1 |" in text
+    assert (tmp_path / "images" / "u.svg").read_text().startswith("<svg")

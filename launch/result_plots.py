@@ -1,0 +1,64 @@
+"""Plots of a results table: values of its rows against a setting, a line per value.
+
+"plots": [{"file": "images/x.svg", "x": "settings.prompt_len", "xlabel": "prompt tokens", "ylabel": "seconds",
+           "where": {"settings.width": 16}, "lines": {"this engine": "ways.ours.seconds.median"}}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from pydantic import Field
+
+from data.settings import Settings
+from launch.report_plots import svg
+from launch.results import lookup
+
+
+class ResultPlot(Settings):
+    """One plot."""
+
+    file: str = Field(pattern=r"^images/[\w.-]+\.svg$")
+    """Where it is written, below docs."""
+    x: str
+    """Place of the horizontal value in a row's result."""
+    xlabel: str
+    ylabel: str
+    lines: dict[str, str]
+    """Places of the values by the label of their line."""
+    where: dict[str, int | float | str] = Field(default_factory=dict)
+    """Places and the values that a row must have there to be drawn."""
+    log: bool = True
+    """A logarithmic vertical axis: ways that differ by orders of magnitude."""
+
+    def points(self, rows: Sequence[Mapping[str, Any]], place: str) -> list[tuple[float, float]]:
+        """(x, y) of the rows that have both, by x."""
+        results = [row.get("result") for row in rows]
+        kept = [one for one in results if all(lookup(one, name) == value for name, value in self.where.items())]
+        pairs = [(lookup(one, self.x), lookup(one, place)) for one in kept]
+        return sorted(
+            (float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)
+        )
+
+    def svg(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """The plot of the rows; none where no line has two points."""
+        drawn = {label: self.points(rows, place) for label, place in self.lines.items()}
+        drawn = {label: points for label, points in drawn.items() if len(points) > 1}
+        if not drawn:
+            return None
+
+        def draw(axes: Axes) -> None:
+            for label, points in drawn.items():
+                axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3.5, linewidth=1.4)
+            ticks = sorted({x for points in drawn.values() for x, _ in points})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            if self.log:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_xlabel(self.xlabel)
+            axes.set_ylabel(self.ylabel)
+
+        return svg(draw)
