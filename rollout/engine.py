@@ -60,6 +60,10 @@ class Engine(Protocol):
         ...
 
 
+SERVED_SEQUENCES = 4
+"""Sequences that vLLM's own cache holds, for requests past the beam loop."""
+
+
 class VllmEngine(ReceivingEngine):
     """`Engine` around `vllm.LLM`, engine core and worker in this process, the beam loop inside the worker."""
 
@@ -77,18 +81,17 @@ class VllmEngine(ReceivingEngine):
 
         from rollout.weight_transfer import BACKEND
 
-        most_rows = settings.prompts_per_forward * settings.width
         self._llm: Any = LLM(
             model=str(hf_dir),
             dtype=settings.dtype.value,
             max_model_len=longest,
-            max_num_seqs=most_rows,
-            max_num_batched_tokens=max(settings.tokens_per_forward, longest, most_rows),
-            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+            max_num_seqs=SERVED_SEQUENCES,
+            max_num_batched_tokens=max(settings.tokens_per_forward, longest),
+            kv_cache_memory_bytes=served_cache_bytes(settings, Path(hf_dir), longest),
             block_size=settings.block_size,
             distributed_executor_backend="uni",
             enforce_eager=True,
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
             # Defaults of the model folder (temperature, top-k) must not leak into anything.
             generation_config="vllm",
             skip_tokenizer_init=True,
@@ -162,3 +165,16 @@ def longest_sequence(settings: RolloutSettings, hf_dir: Path) -> int:
     if longest > limit:
         raise RequestError("rollout.max_model_len", longest, f"at most {limit}, the model's own limit")
     return longest
+
+
+def served_cache_bytes(settings: RolloutSettings, hf_dir: Path, longest: int) -> int:
+    """Bytes of vLLM's own cache, which rollouts do not use."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(hf_dir).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head * getattr(torch, settings.dtype.value).itemsize
+    # One block of slack per sequence, and vLLM's null block.
+    blocks = SERVED_SEQUENCES * (2 + longest // settings.block_size) + 1
+    return int(blocks * settings.block_size * per_token)

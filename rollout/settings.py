@@ -46,13 +46,14 @@ class RolloutSettings(Settings):
     shard_size: int = Field(32, ge=1)
     """Prompts an engine is handed at once; the free engine takes the next shard."""
     prompts_per_forward: int = Field(16, ge=1)
-    """Most prompts computed in one forward pass; fewer where the KV cache or `tokens_per_forward` demands it."""
+    """Most prompts computed in one forward pass; fewer where `tokens_per_forward` demands it."""
     tokens_per_forward: int = Field(8192, ge=32)
     """Most prompt tokens computed in one forward pass; a single longer prompt still goes alone."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus completion, in tokens; none takes the model's own limit."""
     kv_cache_gib: float = Field(0.5, gt=0)
-    """Memory of the KV cache per engine, in GiB (vllm only)."""
+    """Memory per engine, in GiB, for the keys and values of the prompts whose beams grow together (vllm only). A
+    forward pass over prompts, and four sequences of vLLM's own, come on top."""
     block_size: int = Field(32, ge=16, multiple_of=16)
     """Tokens per block of the KV cache; on CPU a multiple of 32."""
     threads: int = Field(1, ge=1)

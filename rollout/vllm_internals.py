@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import RequestError
-from rollout.paging import CacheShape, Placement
+from rollout.branches import LayerShape
+from rollout.paging import Placement
 
 VLLM_VERSION = "0.32.0"
 """The version that was read and measured."""
@@ -61,7 +64,16 @@ ENVIRONMENT = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "VL
 """Environment variables of vLLM that the beam loop needs to be honoured."""
 RUNNER_ATTRIBUTES = ("attn_groups", "vllm_config", "model", "device")
 """Attributes of a live model runner (set in its constructor, so only a live one shows them)."""
-LAYER_ATTRIBUTES = ("kv_cache",)
+LAYER_ATTRIBUTES = (
+    "kv_cache",
+    "impl",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "sliding_window",
+    "kv_sharing_target_layer_name",
+)
 """Attributes of a live attention layer, found through `compilation_config.static_forward_context`."""
 
 
@@ -107,85 +119,278 @@ def environment(*, threads: int) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class LayerGroup:
+    """Attention layers that share their metadata."""
+
+    group: Any
+    layers: dict[int, str]
+    """Name by number; layers are numbered over all groups."""
+    block_size: int
+
+
+@dataclass(frozen=True)
 class RunnerView:
-    """What the beam loop needs of a model runner with one group of full-attention layers."""
+    """What the beam loop needs of a model runner."""
 
     runner: Any
-    layer_names: list[str]
-    caches: list[Tensor]
-    """One `[blocks, heads, block size, content]` view per layer; block axis first in every layout."""
-    shape: CacheShape
+    groups: list[LayerGroup]
+    shapes: list[LayerShape]
+    """Of every attention layer, in order of their numbers."""
+    dtype: torch.dtype
+    """Of keys and values."""
     device: torch.device
+
+    def layer(self, name: str) -> Any:
+        """A live attention layer."""
+        return self.runner.vllm_config.compilation_config.static_forward_context[name]
 
 
 def view(runner: Any) -> RunnerView:
     """The view of a live model runner.
 
     Raises:
-        RequestError: the model has other than one kind of attention layer (sliding window, Mamba, …).
+        RequestError: the model has layers that keep something else than keys and values, or scores that are more than
+            scaled products.
     """
-    groups = [group for kind in runner.attn_groups for group in kind]
-    if len(groups) != 1:
-        raise RequestError(
-            "model", f"{len(groups)} kinds of attention layers", "a model with one kind, or the reference engine"
-        )
-    names = list(groups[0].layer_names)
+    groups: list[LayerGroup] = []
+    shapes: list[LayerShape] = []
     layers = runner.vllm_config.compilation_config.static_forward_context
-    caches = [layers[name].kv_cache for name in names]
-    blocks, _, block_size, _ = caches[0].shape
-    return RunnerView(runner, names, caches, CacheShape(block_size=block_size, blocks=blocks), runner.device)
+    for group in (group for kind in runner.attn_groups for group in kind):
+        names = {len(shapes) + place: name for place, name in enumerate(group.layer_names)}
+        shapes += [_layer_shape(name, layers[name]) for name in group.layer_names]
+        # One `[blocks, heads, block size, content]` view per layer, in this order of axes in every layout.
+        groups.append(LayerGroup(group, names, layers[group.layer_names[0]].kv_cache.shape[2]))
+    cache = layers[groups[0].layers[0]].kv_cache
+    return RunnerView(runner, groups, shapes, cache.dtype, runner.device)
 
 
-def forward(view: RunnerView, token_X: Tensor, placement: Placement, logit_M: Tensor) -> Tensor:
-    """One forward pass over all tokens; logits `[M, V]` of the tokens `logit_M`.
+def _layer_shape(name: str, layer: Any) -> LayerShape:
+    from vllm.model_executor.layers.attention import Attention
 
-    The model reads and writes the cache where `placement` says.
+    legal = "softmax attention over keys and values of its own, or the reference engine"
+    if type(layer) is not Attention:
+        raise RequestError(f"layer {name} of the model", type(layer).__name__, legal)
+    special = {
+        "shared keys": layer.kv_sharing_target_layer_name is not None,
+        "values of another size": layer.head_size_v != layer.head_size,
+        "quantised keys": not layer.kv_cache.is_floating_point() or layer.kv_cache.itemsize < 2,
+        "capped scores": bool(getattr(layer.impl, "logits_soft_cap", 0)),
+        "position biases": getattr(layer.impl, "alibi_slopes", None) is not None,
+        "attention sinks": getattr(layer.impl, "sinks", None) is not None,
+    }
+    for found, there in special.items():
+        if there:
+            raise RequestError(f"layer {name} of the model", found, legal)
+    return LayerShape(
+        heads=layer.num_heads,
+        kv_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        scale=layer.impl.scale,
+        window=layer.sliding_window,
+    )
+
+
+class _OwnCache:
+    """Stands in for an attention layer, and for its implementation, while prompts are computed: the layer works on a
+    cache of ours, and its keys and values are handed out."""
+
+    def __init__(self, layer: Any, cache: Tensor, keep: Callable[[Tensor, Tensor], None]) -> None:
+        self.kv_cache = cache
+        self.impl = self
+        self._layer = layer
+        self._keep = keep
+
+    def do_kv_cache_update(self, _: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        _: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        **scales: Any,
+    ) -> Tensor:
+        self._keep(key, value)
+        computed: Tensor = self._layer.impl.forward(
+            self._layer, query, key, value, kv_cache, attn_metadata, output=output, **scales
+        )
+        return computed
+
+
+class _OwnAttention:
+    """Stands in for an attention layer, and for its implementation, while branches are computed."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        self.kv_cache = torch.empty(0)
+        self.impl = self
+        self._attend = attend
+
+    def forward(
+        self,
+        _: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        **scales: Any,
+    ) -> Tensor:
+        self._attend(query, key, value, output)
+        return output
+
+
+def own_caches(view: RunnerView, tokens: int, prompts: int) -> list[Tensor]:
+    """A cache of every layer that holds `tokens` tokens of `prompts` prompts, laid out like vLLM's own."""
+    caches = []
+    for group in view.groups:
+        blocks = 1 + -(-tokens // group.block_size) + prompts
+        for name in group.layers.values():
+            theirs = view.layer(name).kv_cache
+            order = sorted(range(1, theirs.dim()), key=lambda axis: theirs.stride(axis), reverse=True)
+            ordered = torch.zeros(
+                (blocks, *(theirs.shape[axis] for axis in order)), dtype=theirs.dtype, device=theirs.device
+            )
+            back = [0] * theirs.dim()
+            for place, axis in enumerate(order, start=1):
+                back[axis] = place
+            caches.append(ordered.permute(back))
+    return caches
+
+
+def prefill(
+    view: RunnerView,
+    token_X: Tensor,
+    lengths: Sequence[int],
+    caches: Sequence[Tensor],
+    keep: Callable[[int, Tensor, Tensor], None],
+    logit_M: Tensor,
+) -> Tensor:
+    """One forward pass over whole prompts in a cache of ours; logits `[M, V]` of the tokens `logit_M`.
+
+    `keep` gets the number, the keys and the values of every layer.
     """
-    from vllm.forward_context import set_forward_context
+    metadata: dict[str, Any] = {}
+    slots: dict[str, Tensor] = {}
+    stand_ins: dict[str, Any] = {}
+    for group in view.groups:
+        placement = Placement.of(lengths, group.block_size)
+        slot_X = placement.slot_X.to(view.device)
+        built = group.group.get_metadata_builder(0).build(0, _common_metadata(placement, slot_X, view.device))
+        for number, name in group.layers.items():
+            metadata[name], slots[name] = built, slot_X
+            stand_ins[name] = _OwnCache(view.layer(name), caches[number], partial(keep, number))
+    return _forward(view, token_X, placement.position_X, logit_M, metadata, slots, stand_ins)
+
+
+def branch(
+    view: RunnerView,
+    token_N: Tensor,
+    position_N: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor, Tensor], None],
+) -> Tensor:
+    """One forward pass over one token of every row, with attention of ours; logits `[N, V]`.
+
+    `attend` gets the number of the layer, queries, keys, values, and where the output goes.
+    """
+    stand_ins = {
+        name: _OwnAttention(partial(attend, number)) for group in view.groups for number, name in group.layers.items()
+    }
+    every_N = torch.arange(len(token_N))
+    return _forward(view, token_N, position_N, every_N, dict.fromkeys(stand_ins), {}, stand_ins)
+
+
+def _common_metadata(placement: Placement, slot_X: Tensor, device: torch.device) -> Any:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    device = view.device
-    start_cpu = torch.zeros(len(placement.query_lengths) + 1, dtype=torch.int32)
-    start_cpu[1:] = placement.query_lengths.cumsum(0)
-    slots = placement.slot_X.to(device)
-    common = CommonAttentionMetadata(
+    prompts = len(placement.length_P)
+    start_cpu = torch.zeros(prompts + 1, dtype=torch.int32)
+    start_cpu[1:] = placement.length_P.cumsum(0)
+    longest = int(placement.length_P.max())
+    return CommonAttentionMetadata(
         query_start_loc=start_cpu.to(device),
         query_start_loc_cpu=start_cpu,
-        seq_lens=placement.total_lengths.to(device),
-        seq_lens_cpu_upper_bound=placement.total_lengths,
-        num_reqs=len(placement.query_lengths),
-        num_actual_tokens=len(token_X),
-        max_query_len=int(placement.query_lengths.max()),
-        max_seq_len=int(placement.total_lengths.max()),
-        block_table_tensor=placement.block_table_NB.to(device),
-        slot_mapping=slots,
+        seq_lens=placement.length_P.to(device),
+        seq_lens_cpu_upper_bound=placement.length_P,
+        num_reqs=prompts,
+        num_actual_tokens=len(slot_X),
+        max_query_len=longest,
+        max_seq_len=longest,
+        block_table_tensor=placement.block_table_PB.to(device),
+        slot_mapping=slot_X,
         causal=True,
     )
-    group = next(group for kind in view.runner.attn_groups for group in kind)
-    metadata = group.get_metadata_builder(0).build(0, common)
-    per_layer = dict.fromkeys(view.layer_names, metadata)
+
+
+def _forward(
+    view: RunnerView,
+    token_X: Tensor,
+    position_X: Tensor,
+    logit_M: Tensor,
+    metadata: dict[str, Any],
+    slots: dict[str, Tensor],
+    stand_ins: dict[str, Any],
+) -> Tensor:
+    from vllm.forward_context import get_forward_context, set_forward_context
+
+    device, config = view.device, view.runner.vllm_config
     with (
         torch.inference_mode(),
-        set_forward_context(
-            per_layer,
-            view.runner.vllm_config,
-            num_tokens=len(token_X),
-            slot_mapping=dict.fromkeys(view.layer_names, slots),
-        ),
+        set_forward_context(metadata, config, num_tokens=len(token_X), slot_mapping=slots),
     ):
-        hidden = view.runner.model(input_ids=token_X.to(device), positions=placement.position_X.to(device))
+        context = get_forward_context()
+        # Attention layers are looked up here by name. vLLM's own layers, and the caches in them, stay as they are.
+        context.no_compile_layers = {**context.no_compile_layers, **stand_ins}
+        hidden = view.runner.model(input_ids=token_X.to(device), positions=position_X.to(device))
         logits: Tensor = view.runner.model.compute_logits(hidden[logit_M.to(device)])
     return logits
 
 
-def copy_blocks(view: RunnerView, source_X: Tensor, destination_X: Tensor) -> None:
-    """Copy blocks of the cache in every layer, all at once."""
-    if not len(source_X):
-        return
-    source, destination = source_X.to(view.device), destination_X.to(view.device)
-    with torch.inference_mode():
-        for cache in view.caches:
-            cache[destination] = cache[source]
+def use_fused_norms() -> None:
+    """Let RMSNorm on a CPU run in vLLM's C++ kernels, which vLLM itself uses on GPUs only.
+
+    On a CPU it is half a dozen passes of plain torch otherwise, most of the time of a small model's prefill. The
+    kernels round once, after the product with the weight, where the plain operations round before it too.
+    """
+    from vllm import ir
+
+    if _FUSED not in ir.ops.rms_norm.impls:
+        ir.ops.rms_norm.register_impl(_FUSED, supports_args=_fusible)(_rms_norm)
+        ir.ops.fused_add_rms_norm.register_impl(_FUSED, supports_args=_fusible_sum, inplace=True)(_fused_add_rms_norm)
+    ir.ops.rms_norm.set_default([_FUSED, "native"])
+    ir.ops.fused_add_rms_norm.set_default([_FUSED, "native"])
+
+
+_FUSED = "windlass_cpu"
+
+
+def _fusible(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+    return variance_size is None and weight is not None and weight.dtype == x.dtype
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+    # The kernel takes neighbouring rows for granted, which those of a part of a projection are not.
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    output = torch.empty_like(rows)
+    torch.ops._C.rms_norm(output, rows, weight, epsilon)
+    return output.view(x.shape)
+
+
+def _fusible_sum(
+    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return _fusible(x, weight, epsilon, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
+
+
+def _fused_add_rms_norm(
+    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual
 
 
 def shutdown(llm: Any) -> None:

@@ -1,14 +1,15 @@
 """The beam loop inside the vLLM worker: one prefill per prompt, then one forward pass per level.
 
-vLLM mixes `RolloutWorker` into its worker (`worker_extension_cls`). The loop uses the worker's model and key-value
-cache directly, past the scheduler, so the engine must not serve requests of its own at the same time.
+vLLM mixes `RolloutWorker` into its worker (`worker_extension_cls`). The loop uses the worker's model directly, past the
+scheduler, with keys and values in memory of its own: vLLM's cache, and what its requests left there, stay untouched.
 
 Imported inside the worker only: the weight channel's mixin imports vLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +19,105 @@ from torch import Tensor
 
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
+from rollout.branches import Branches, PromptStore
 from rollout.group_decoder import GroupDecoder
-from rollout.paging import PagedRows, plan_chunks
+from rollout.paging import WaveLimits, plan_chunks, plan_waves
 from rollout.settings import RolloutSettings
 from rollout.weight_transfer import WeightReceiver
 
+LOGITS_BYTES = 2**30
+"""Memory that the logits of one level may take."""
 
-class PagedBackend:
-    """`rollout.decoding.Backend` on the model and the paged cache of a vLLM worker."""
 
-    def __init__(self, view: internals.RunnerView) -> None:
+class BranchBackend:
+    """`rollout.decoding.Backend` on the model of a vLLM worker, with keys and values in memory of its own."""
+
+    def __init__(self, view: internals.RunnerView, settings: RolloutSettings, *, vocabulary_size: int) -> None:
         self._view = view
-        self._paged: PagedRows | None = None
+        self._settings = settings
+        self._store = PromptStore(view.shapes, dtype=view.dtype, device=view.device)
+        self._branches: Branches | None = None
+        self._caches: list[Tensor] = []
+        self._room = (0, 0)
+        self.limits = WaveLimits(
+            tokens=int(settings.kv_cache_gib * 2**30) // self._store.bytes_per_token,
+            rows=LOGITS_BYTES // (4 * vocabulary_size),
+        )
 
     def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
         """Logits `[P, V]` after each prompt."""
         lengths = [len(prompt) for prompt in prompts]
-        last_P = torch.tensor(lengths).cumsum(0) - 1
-        return self._compute(prompts, rows, new_tokens, last_P)
+        branches = Branches(self._store, lengths, rows=rows, device=self._view.device)
+        keeps = new_tokens > 0
+        if keeps:
+            self._store.reserve(sum(lengths))
+        logits = []
+        start = 0
+        for chunk in self._chunks([lengths[prompt] for prompt in branches.order]):
+            some = [prompts[prompt] for prompt in branches.order[chunk]]
+            last_P = torch.tensor([len(prompt) for prompt in some]).cumsum(0) - 1
+            logits.append(self._compute(some, last_P, partial(self._keep, start) if keeps else _forget))
+            start += int(last_P[-1]) + 1
+        self._branches = branches
+        ordered_PV = torch.cat(logits)
+        logits_PV = torch.empty_like(ordered_PV)
+        logits_PV[torch.tensor(branches.order, device=ordered_PV.device)] = ordered_PV
+        return logits_PV
 
-    def logits(self, sequences: Sequence[IntArray], logit_M: Tensor) -> Tensor:
-        """Logits `[M, V]` after the given tokens of the sequences, counted over all of them; nothing is kept."""
-        logits_MV = self._compute(sequences, 1, 0, logit_M)
-        self.release()
-        return logits_MV
+    def logits(self, sequences: Sequence[IntArray], wanted: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+        """Logits after the last `wanted` tokens of each sequence, chunk by chunk."""
+        for chunk in self._chunks([len(sequence) for sequence in sequences]):
+            stops = np.cumsum([len(sequence) for sequence in sequences[chunk]])
+            tails = [np.arange(stop - n, stop) for stop, n in zip(stops, wanted[chunk], strict=True)]
+            yield chunk, self._compute(sequences[chunk], torch.from_numpy(np.concatenate(tails)), _forget)
 
-    def _compute(self, sequences: Sequence[IntArray], rows: int, new_tokens: int, logit_M: Tensor) -> Tensor:
-        shape = self._view.shape
+    def _chunks(self, lengths: Sequence[int]) -> list[slice]:
+        return plan_chunks(
+            lengths,
+            prompts_per_forward=self._settings.prompts_per_forward,
+            tokens_per_forward=self._settings.tokens_per_forward,
+        )
+
+    def _keep(self, start: int, layer: int, key_XKD: Tensor, value_XKD: Tensor) -> None:
+        self._store.write(layer, start, key_XKD, value_XKD)
+
+    def _compute(
+        self, sequences: Sequence[IntArray], logit_M: Tensor, keep: Callable[[int, Tensor, Tensor], None]
+    ) -> Tensor:
         lengths = [len(sequence) for sequence in sequences]
-        paged = PagedRows(lengths, rows=rows, new_tokens=new_tokens, block_size=shape.block_size)
-        if paged.blocks > shape.blocks:
-            raise ValueError(f"{paged.blocks} blocks placed in a cache of {shape.blocks}: chunks were not planned")
+        if sum(lengths) > self._room[0] or len(lengths) > self._room[1]:
+            self._room = (max(sum(lengths), self._room[0]), max(len(lengths), self._room[1]))
+            self._caches = []
+            self._caches = internals.own_caches(self._view, *self._room)
         token_X = torch.from_numpy(np.concatenate(list(sequences)).astype(np.int64))
-        self._paged = paged
-        return internals.forward(self._view, token_X, paged.prompts(), logit_M)
+        return internals.prefill(self._view, token_X, lengths, self._caches, keep, logit_M)
 
     def extend(self, parent_N: Tensor, token_N: Tensor) -> Tensor:
         """Logits `[N, V]` of the rows continued by one token each."""
-        if self._paged is None:
+        if self._branches is None:
             raise ValueError("extend before prefill")
-        copy, placement = self._paged.grow(parent_N.cpu())
-        internals.copy_blocks(self._view, copy.source_X, copy.destination_X)
-        return internals.forward(self._view, token_N, placement, torch.arange(len(token_N)))
+        position_N = self._branches.grow(parent_N)
+        return internals.branch(self._view, token_N, position_N, self._branches.attend)
+
+    def restart(self) -> None:
+        """The rows are the prompts again."""
+        if self._branches is None:
+            raise ValueError("restart before prefill")
+        self._branches.restart()
 
     def release(self) -> None:
-        """The blocks are free for the next chunk."""
-        self._paged = None
+        """The memory is free for the next wave."""
+        self._branches = None
+
+
+def _forget(layer: int, key_XKD: Tensor, value_XKD: Tensor) -> None:
+    """Keep nothing."""
 
 
 class RolloutWorker(WeightReceiver):
     """Extension of the vLLM worker; every name starts with `windlass_`, to stay clear of the worker's own."""
 
-    windlass_settings: RolloutSettings
-    windlass_backend: PagedBackend
+    windlass_backend: BranchBackend
     windlass_decoder: GroupDecoder
     windlass_view: internals.RunnerView
 
@@ -78,10 +125,11 @@ class RolloutWorker(WeightReceiver):
         """Load the catalogue and look at the model runner; called once, after the engine is up."""
         worker: Any = self
         view = internals.view(worker.model_runner)
-        self.windlass_settings = settings
-        self.windlass_view = view
-        self.windlass_backend = PagedBackend(view)
+        if view.device.type == "cpu":
+            internals.use_fused_norms()
         config = worker.model_runner.vllm_config.model_config
+        self.windlass_view = view
+        self.windlass_backend = BranchBackend(view, settings, vocabulary_size=config.get_vocab_size())
         self.windlass_decoder = GroupDecoder.load(
             Path(hf_dir),
             view.device,
@@ -94,14 +142,15 @@ class RolloutWorker(WeightReceiver):
     ) -> Groups:
         """See `rollout.engine.Engine.generate`."""
         self.windlass_decoder.check(prompts, spec)
-        chunks = self._windlass_chunks(
+        waves = plan_waves(
             [len(prompt.token_ids) for prompt in prompts],
             rows=spec.width,
             new_tokens=self.windlass_decoder.completion_tokens(spec) - 1,
+            limits=self.windlass_backend.limits,
         )
         return self.windlass_decoder.generate(
             self.windlass_backend,
-            chunks,
+            waves,
             prompts,
             spec,
             exclude=exclude,
@@ -115,23 +164,9 @@ class RolloutWorker(WeightReceiver):
         sequences = [np.concatenate([prompt, completion])[:-1] for prompt, completion in pairs]
         self.windlass_decoder.check_sequences(prompts, completions)
         scores: list[FloatArray] = []
-        for chunk in self._windlass_chunks([len(sequence) for sequence in sequences], rows=1, new_tokens=0):
-            some = sequences[chunk]
-            stops = np.cumsum([len(sequence) for sequence in some])
-            wanted = [len(completion) for completion in completions[chunk]]
-            logit_M = np.concatenate([np.arange(stop - n, stop) for stop, n in zip(stops, wanted, strict=True)])
-            logits_MV = self.windlass_backend.logits(some, torch.from_numpy(logit_M))
+        wanted = [len(completion) for completion in completions]
+        for chunk, logits_MV in self.windlass_backend.logits(sequences, wanted):
             token_M = torch.from_numpy(np.concatenate(list(completions[chunk])).astype(np.int64)).to(logits_MV.device)
             logp_M = logits_MV.float().log_softmax(-1).gather(1, token_M[:, None])[:, 0].cpu().numpy()
-            scores += np.split(logp_M, np.cumsum(wanted)[:-1])
+            scores += np.split(logp_M, np.cumsum(wanted[chunk])[:-1])
         return scores
-
-    def _windlass_chunks(self, lengths: list[int], *, rows: int, new_tokens: int) -> list[slice]:
-        return plan_chunks(
-            lengths,
-            rows=rows,
-            new_tokens=new_tokens,
-            cache=self.windlass_view.shape,
-            prompts_per_forward=self.windlass_settings.prompts_per_forward,
-            tokens_per_forward=self.windlass_settings.tokens_per_forward,
-        )

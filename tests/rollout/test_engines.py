@@ -23,7 +23,7 @@ from data.errors import RequestError, RunError
 from data.records import NO_ITEM, Decode, DecodeSpec, Finish, Groups, Prompt
 from rollout import vllm_internals
 from rollout.engine import Engine
-from rollout.paging import CacheShape
+from rollout.paging import WaveLimits
 from rollout.receiving import IN_TRANSIT
 from rollout.settings import RolloutSettings
 from tests.rollout.oracles import NextLogits, all_items, allowed_paths, beam_search
@@ -191,22 +191,52 @@ def test_equal_bits_whatever_the_chunks(
         vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
 
 
-def test_the_cache_bounds_the_chunks(vllm_engine: Any, catalogue: Catalogue) -> None:
+def worker_of(vllm_engine: Any) -> Any:
+    return vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def test_the_memory_bounds_the_waves(vllm_engine: Any, catalogue: Catalogue) -> None:
     prompts = random_prompts(catalogue, LENGTHS, seed=8)
     roomy = vllm_engine.generate(prompts, BEAM)
-    worker = vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    view = worker.windlass_view
+    backend = worker_of(vllm_engine).windlass_backend
+    limits = backend.limits
     try:
-        # 31 tokens take 1 block and 8 beams two each, because their 2 tokens cross into a block; and the null block.
-        for blocks, fits in ((18, True), (17, False)):
-            worker.windlass_view = dataclasses.replace(view, shape=CacheShape(view.shape.block_size, blocks))
+        # The longest prompt has 70 tokens, and each of its 8 beams keeps 2.
+        for tokens, rows, fits in ((86, 10**6, True), (85, 10**6, False), (10**6, 8, True), (10**6, 17, True)):
+            backend.limits = WaveLimits(tokens=tokens, rows=rows)
             if fits:
                 assert same_bits(vllm_engine.generate(prompts, BEAM), roomy)
             else:
-                with pytest.raises(RequestError, match=r"rollout\.kv_cache_gib.*at least 17 blocks"):
+                with pytest.raises(RequestError, match=r"rollout\.kv_cache_gib.*at least 86 tokens"):
                     vllm_engine.generate(prompts, BEAM)
     finally:
-        worker.windlass_view = view
+        backend.limits = limits
+
+
+def test_requests_of_vllm_itself_stay_right(vllm_engine: Any, catalogue: Catalogue, oracle: PolicyOracle) -> None:
+    """Also those that find their prefix in vLLM's cache, where a rollout has been in between."""
+    from vllm import SamplingParams
+
+    prompts = random_prompts(catalogue, [70, 64, 33], seed=10)
+    params = SamplingParams(max_tokens=3, temperature=0, logprobs=1, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt in prompts]
+    worker = worker_of(vllm_engine)
+    assert worker.model_runner.vllm_config.cache_config.enable_prefix_caching
+    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
+    first = vllm_engine._llm.generate(inputs, params, use_tqdm=False)
+    before = {name: layer.kv_cache.clone() for name, layer in layers.items()}
+    vllm_engine.generate(random_prompts(catalogue, LENGTHS, seed=11), BEAM)
+    vllm_engine.score([prompt.token_ids for prompt in prompts], [prompt.token_ids for prompt in prompts])
+    assert all(torch.equal(layer.kv_cache, before[name]) for name, layer in layers.items())
+    again = vllm_engine._llm.generate(inputs, params, use_tqdm=False)
+    assert [out.num_cached_tokens for out in again] == [64, 32, 32]
+    for prompt, one, other in zip(prompts, first, again, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        tokens = tuple(other.outputs[0].token_ids)
+        for t, entry in enumerate(other.outputs[0].logprobs):
+            expected = torch.from_numpy(oracle(prompt)(tokens[:t])).log_softmax(0)
+            assert tokens[t] == int(expected.argmax())
+            assert entry[tokens[t]].logprob == pytest.approx(expected.max().item(), abs=1e-4)
 
 
 def test_wrong_requests_are_named(engine: Engine, catalogue: Catalogue) -> None:
@@ -245,16 +275,19 @@ def test_every_name_of_vllm_that_we_touch_exists(vllm_engine: Any) -> None:
 
     assert vllm.__version__.split("+")[0] == vllm_internals.VLLM_VERSION
     assert vllm_internals.missing_names() == []
-    worker = vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(vllm_engine)
     assert [name for name in vllm_internals.RUNNER_ATTRIBUTES if name not in vars(worker.model_runner)] == []
     layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
-    for layer in worker.windlass_view.layer_names:
-        assert all(name in vars(layers[layer]) for name in vllm_internals.LAYER_ATTRIBUTES)
+    for group in worker.windlass_view.groups:
+        for layer in group.layers.values():
+            assert all(name in vars(layers[layer]) for name in vllm_internals.LAYER_ATTRIBUTES)
 
 
 def test_no_other_file_names_vllm_internals() -> None:
     root = Path(vllm_internals.__file__).parents[1]
-    allowed = {"from vllm import LLM", "import vllm"}
+    public = ("LLM", "SamplingParams")
+    allowed = {"import vllm", "from vllm.sampling_params import BeamSearchParams"}
+    allowed |= {f"from vllm import {name}" for name in public}
     for folder in ("data", "rollout", "reward", "trainer", "launch"):
         for path in (root / folder).glob("**/*.py"):
             if path.name == "vllm_internals.py":
