@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
+from launch.provenance import ROOT
 from tests.requirements import require
 from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
 
@@ -88,6 +90,24 @@ def test_every_evaluation_was_scored_and_correlates(finished_run: Path) -> None:
     assert answer["k"]["5"]["recall@5"] == pytest.approx([step["recall@5"] for step in steps])
     for name in ("auc", "wpauc@5"):
         assert answer["k"]["5"][name]["values"] == pytest.approx([step[name] for step in steps])
+
+
+def test_strata_of_the_run_stand_in_its_report(finished_run: Path) -> None:
+    folder = finished_run.parent.parent
+    data = str(folder.parent / "source" / "dataset")
+    ranker = ("--ranker", "runs/ranker/ranker", "--oracle", "runs/ranker/ranker")
+    engine = ("--rollout.engine", "reference", "--rollout.dtype", "float32")
+    sizes = ("--width", "12", "--batch", "16", "--cluster.object-store-mib", "128")
+    done = windlass("strata", "runs/job", "--data", data, *ranker, *engine, *sizes, "--json", "s.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((folder / "s.json").read_text())
+    schema = json.loads((ROOT / "docs" / "schemas" / "strata.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    assert sum(stratum["prompts"] for stratum in answer["strata"]) == answer["rows"]
+    for stratum in answer["strata"]:
+        assert stratum["oracle_correction"] == pytest.approx(stratum["correction"])
+    assert windlass("report", "runs/job", cwd=folder).returncode == 0
+    assert "Rank correction of the reward by difficulty" in (finished_run / "report.html").read_text()
 
 
 def test_the_checkpoint_loads_in_transformers_and_holds_its_catalogue(finished_run: Path) -> None:
