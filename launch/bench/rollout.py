@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import torch
 import tyro
+from pydantic import model_validator
 
 from data.errors import RequestError
 from data.records import Decode, DecodeSpec, IntArray, Prompt
@@ -36,6 +37,16 @@ WARM_UP_PROMPTS: Final = 8
 """Prompts with which the slow ways warm up."""
 CHECKED_PROMPTS: Final = 4
 """Prompts whose beams are compared with transformers' where that way is not timed."""
+DECIDED: Final = {
+    "engine": "--engine",
+    "dtype": "--dtype",
+    "width": "--width",
+    "threads": "--threads",
+    "max_model_len": "--prompt-len",
+    "gpus": "--device",
+    "decode": "beam",
+}
+"""Settings of this engine, and what decides them here."""
 SWEEP_LENGTHS: Final = (129, 250, 511)
 SWEEP_WIDTHS: Final = (4, 16, 50)
 
@@ -52,6 +63,14 @@ class RolloutBench(BenchSettings):
     """Also time every combination of prompt lengths 129, 250, 511 and widths 4, 16, 50."""
     rollout: RolloutSettings = RolloutSettings()
     """Settings of this engine that the other options do not decide."""
+
+    @model_validator(mode="after")
+    def _decided_once(self) -> Self:
+        plain = RolloutSettings()
+        for name, instead in DECIDED.items():
+            if getattr(self.rollout, name) != getattr(plain, name):
+                raise RequestError(f"--rollout.{name}".replace("_", "-"), getattr(self.rollout, name), instead)
+        return self
 
     def own_settings(self, longest: int) -> RolloutSettings:
         """The settings of this engine, for sequences of up to `longest` tokens."""

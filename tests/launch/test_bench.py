@@ -199,6 +199,7 @@ def test_local_work_reports_its_peak() -> None:
         ("rollout --model tiny --ways theirs", "--ways: theirs"),
         ("rollout --model tiny --engine reference --ways vllm_prefill", "--ways: vllm_prefill"),
         ("rollout --model tiny --repeats 0", "repeats"),
+        ("rollout --model tiny --rollout.max-model-len 99", "--rollout.max-model-len: 99; legal: --prompt-len"),
         ("reward --model tiny --group 501", "--group: 501; legal: 2 to 500"),
         ("sync --model tiny --movers pigeon", "--movers: pigeon"),
         ("sync --model tiny --movers nccl", "--movers: nccl"),
