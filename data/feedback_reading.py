@@ -6,12 +6,13 @@ Suffixes: `_N` row of the log, `_E` entry of a list column, rows joined one afte
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ class FeedbackFault(StrEnum):
     BAD_HISTORY = "bad_history"
     """A history that is null or has a null in it; one without items is sound."""
     MISSING_POLICY_VERSION = "missing_policy_version"
+    UNKNOWN_POLICY = "unknown_policy"
+    """A policy version that nobody knows."""
     MISSING_CATALOGUE = "missing_catalogue"
     FOREIGN_CATALOGUE = "foreign_catalogue"
     """A catalogue whose item ids mean other items."""
@@ -65,6 +68,7 @@ class FeedbackFault(StrEnum):
     """A deterministic exposure where propensities are asked for: importance weights need samples."""
 
 
+FAULTS: Final = tuple(FeedbackFault)
 EXPECTED = frozenset({FeedbackFault.RETIRED_ITEM, FeedbackFault.BEAM_EXPOSURE})
 """Faults of sound logs; all others speak of a broken writer and count for `max_bad_share`."""
 
@@ -79,6 +83,8 @@ class FeedbackChecks:
     """bool `[n_items]`, false for retired items; by default none is retired."""
     catalogues: frozenset[str] | None = None
     """Digests of the catalogues with these item ids (retiring items changes the digest only); none takes any."""
+    policies: frozenset[str] | None = None
+    """Policy versions that are known; none takes any."""
     response_range: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest response."""
     propensities: bool = True
@@ -153,22 +159,38 @@ def find_faults(
         checks: what is asked of them.
         day_start_N: first second of the day each row was filed under; not checked without.
     """
+    names = np.array(["", *(fault.value for fault in FAULTS)])
+    return names[fault_codes(table, checks, day_start_N=day_start_N)]
+
+
+def fault_codes(
+    table: pa.Table,
+    checks: FeedbackChecks,
+    *,
+    day_start_N: LongArray | int | None = None,
+    repeated_N: BoolArray | None = None,
+) -> npt.NDArray[np.uint8]:
+    """The first fault of every row by its number in `FAULTS`, counted from 1; 0 for rows that can be used.
+
+    Args:
+        table: rows of `data.feedback.SCHEMA`; text may be dictionary-encoded.
+        checks: what is asked of them.
+        day_start_N: first second of the day each row was filed under; not checked without.
+        repeated_N: rows whose request id occurs before; by default they are searched within `table`.
+    """
     table = table.combine_chunks()
-    fault_N = np.full(len(table), "", dtype=f"<U{max(map(len, FeedbackFault))}")
-    for fault, wrong_N in _checks(table, checks, day_start_N):
-        fault_N[(fault_N == "") & wrong_N] = fault.value
-    return fault_N
+    code_N = np.zeros(len(table), np.uint8)
+    for fault, wrong_N in _checks(table, checks, day_start_N, repeated_N):
+        if wrong_N.any():
+            code_N[(code_N == 0) & wrong_N] = FAULTS.index(fault) + 1
+    return code_N
 
 
 def _checks(
-    table: pa.Table, checks: FeedbackChecks, day_start_N: LongArray | None
+    table: pa.Table, checks: FeedbackChecks, day_start_N: LongArray | int | None, repeated_N: BoolArray | None
 ) -> Iterable[tuple[FeedbackFault, BoolArray]]:
-    rows = len(table)
-    request = _text(table, "request_id")
-    yield FeedbackFault.MISSING_REQUEST_ID, request == ""
-    first_N = np.zeros(rows, np.bool_)
-    first_N[np.unique(request, return_index=True)[1]] = True
-    yield FeedbackFault.DUPLICATE_REQUEST, ~first_N
+    yield FeedbackFault.MISSING_REQUEST_ID, _without_text(table, "request_id")
+    yield FeedbackFault.DUPLICATE_REQUEST, _repeated(table) if repeated_N is None else repeated_N
     yield FeedbackFault.MISSING_USER, _null(table, "user_id")
     wrong_N = _null(table, "timestamp")
     if day_start_N is not None:
@@ -180,14 +202,16 @@ def _checks(
     yield FeedbackFault.UNEVEN_LISTS, ~even_N
     history = _List(table, "history")
     yield FeedbackFault.BAD_HISTORY, _null(table, "history") | history.any_row(history.null_E)
-    yield FeedbackFault.MISSING_POLICY_VERSION, _text(table, "policy_version") == ""
-    digest_N = _text(table, "catalogue_digest")
-    yield FeedbackFault.MISSING_CATALOGUE, digest_N == ""
-    known = checks.catalogues
-    yield FeedbackFault.FOREIGN_CATALOGUE, ~np.isin(digest_N, digest_N if known is None else sorted(known))
-    decode_N, kind_N = _text(table, "decode"), _text(table, "propensity_kind")
-    yield FeedbackFault.UNKNOWN_DECODE, ~np.isin(decode_N, [decode.value for decode in Decode])
-    yield FeedbackFault.UNKNOWN_PROPENSITY_KIND, ~np.isin(kind_N, [kind.value for kind in PropensityKind])
+    policy, digest = _Words(table, "policy_version"), _Words(table, "catalogue_digest")
+    yield FeedbackFault.MISSING_POLICY_VERSION, policy.among([""])
+    if checks.policies is not None:
+        yield FeedbackFault.UNKNOWN_POLICY, ~policy.among(checks.policies)
+    yield FeedbackFault.MISSING_CATALOGUE, digest.among([""])
+    if checks.catalogues is not None:
+        yield FeedbackFault.FOREIGN_CATALOGUE, ~digest.among(checks.catalogues)
+    decode, kind = _Words(table, "decode"), _Words(table, "propensity_kind")
+    yield FeedbackFault.UNKNOWN_DECODE, ~decode.among([decode.value for decode in Decode])
+    yield FeedbackFault.UNKNOWN_PROPENSITY_KIND, ~kind.among([kind.value for kind in PropensityKind])
     temperature_N = table["temperature"].combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False)
     yield FeedbackFault.BAD_TEMPERATURE, ~(np.isfinite(temperature_N) & (temperature_N > 0))
     logp_E = logp0.floats()
@@ -205,15 +229,17 @@ def _checks(
     if checks.active_I is not None:
         retired_E[~unknown_E] = ~checks.active_I[item_E[~unknown_E]]
     yield FeedbackFault.RETIRED_ITEM, exposed.any_row(retired_E)
-    deterministic_N = (kind_N == PropensityKind.NONE.value) | (
-        (decode_N == Decode.BEAM.value) & (kind_N != PropensityKind.MIXTURE.value)
+    deterministic_N = kind.among([PropensityKind.NONE.value]) | (
+        decode.among([Decode.BEAM.value]) & ~kind.among([PropensityKind.MIXTURE.value])
     )
     yield FeedbackFault.BEAM_EXPOSURE, deterministic_N & checks.propensities
 
 
 def _outside_candidates(table: pa.Table, exposed: _List, item_E: IntArray) -> BoolArray:
-    candidates = _List(table, "candidates")
     closed_N = ~_null(table, "candidates")
+    if not closed_N.any():
+        return ~closed_N & False
+    candidates = _List(table, "candidates")
     allowed_E = candidates.ints()
     # A row and an item make one number, so that membership is one sorted search over all rows.
     wide = np.int64(2**32)
@@ -229,7 +255,11 @@ class _List:
         column = table[name].combine_chunks()
         self.length_N = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         self._entries = column.flatten()
-        self.row_E = np.repeat(np.arange(len(column)), self.length_N)
+
+    @cached_property
+    def row_E(self) -> LongArray:
+        """The row of each entry."""
+        return np.repeat(np.arange(len(self.length_N)), self.length_N)
 
     @property
     def null_E(self) -> BoolArray:
@@ -250,7 +280,9 @@ class _List:
     def any_row(self, flag_E: BoolArray) -> BoolArray:
         """[N] whether any entry of the row has the flag."""
         found = np.zeros(len(self.length_N), np.bool_)
-        found[self.row_E[flag_E]] = True
+        # Mostly no entry has it, and then the rows of the entries need not be known.
+        if flag_E.any():
+            found[self.row_E[flag_E]] = True
         return found
 
 
@@ -259,10 +291,34 @@ def _null(table: pa.Table, name: str) -> BoolArray:
     return null
 
 
-def _text(table: pa.Table, name: str) -> npt.NDArray[np.object_]:
-    """Strings as objects, the empty one for null."""
-    text: npt.NDArray[np.object_] = pc.fill_null(table[name].combine_chunks(), "").to_numpy(zero_copy_only=False)
-    return text
+class _Words:
+    """A text column of few different words."""
+
+    def __init__(self, table: pa.Table, name: str) -> None:
+        column = table[name].combine_chunks()
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        # The last word stands for null.
+        self._words = [word or "" for word in encoded.dictionary.to_pylist()] + [""]
+        self._code_N = encoded.indices.fill_null(len(self._words) - 1).to_numpy(zero_copy_only=False)
+
+    def among(self, legal: Collection[str]) -> BoolArray:
+        """[N] whether the row has one of these words; null is the empty one."""
+        found_N: BoolArray = np.array([word in legal for word in self._words], np.bool_)[self._code_N]
+        return found_N
+
+
+def _without_text(table: pa.Table, name: str) -> BoolArray:
+    length = pc.fill_null(pc.binary_length(table[name].combine_chunks()), 0)
+    return np.asarray(length.to_numpy(zero_copy_only=False) == 0)
+
+
+def _repeated(table: pa.Table) -> BoolArray:
+    """[N] rows whose request id occurs in an earlier row."""
+    # Codes are given in the order of first occurrence, so that a new id has a code above all earlier ones.
+    code_N = table["request_id"].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
+    repeated_N = np.zeros(len(code_N), np.bool_)
+    repeated_N[1:] = code_N[1:] <= np.maximum.accumulate(code_N)[:-1]
+    return repeated_N
 
 
 def _check_shares(folder: Path, counts: dict[str, int], rows: int, checks: FeedbackChecks) -> None:

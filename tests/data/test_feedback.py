@@ -38,7 +38,9 @@ from data.records import Decode
 
 ITEMS = 6
 ACTIVE = np.array([True, True, True, True, True, False])
-CHECKS = FeedbackChecks(n_items=ITEMS, active_I=ACTIVE, catalogues=frozenset({"c", "d"}))
+CHECKS = FeedbackChecks(
+    n_items=ITEMS, active_I=ACTIVE, catalogues=frozenset({"c", "d"}), policies=frozenset({"v", "v1"})
+)
 GOOD: dict[str, Any] = {
     "request_id": "r",
     "user_id": 3,
@@ -82,6 +84,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
         ({"history": [1, None]}, FeedbackFault.BAD_HISTORY),
         ({"policy_version": None}, FeedbackFault.MISSING_POLICY_VERSION),
         ({"policy_version": ""}, FeedbackFault.MISSING_POLICY_VERSION),
+        ({"policy_version": "v2"}, FeedbackFault.UNKNOWN_POLICY),
         ({"catalogue_digest": None}, FeedbackFault.MISSING_CATALOGUE),
         ({"catalogue_digest": "e"}, FeedbackFault.FOREIGN_CATALOGUE),
         ({"decode": "greedy"}, FeedbackFault.UNKNOWN_DECODE),
@@ -127,6 +130,7 @@ def plain_fault(row: dict[str, Any], seen: set[str], day_start: int) -> str:
         not (0 < len(exposed) == len(response) == len(logp0)),
         row["history"] is None or None in row["history"],
         not row["policy_version"],
+        row["policy_version"] not in ("v", "v1"),
         not row["catalogue_digest"],
         row["catalogue_digest"] not in ("c", "d"),
         row["decode"] not in list(Decode),
@@ -170,7 +174,7 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
         "propensity_kind": draw(
             mostly(st.sampled_from(["sample", "mixture", "given"]), st.sampled_from(["none", "", None]))
         ),
-        "policy_version": draw(mostly(st.just("v"), st.sampled_from(["", None]))),
+        "policy_version": draw(mostly(st.just("v"), st.sampled_from(["", "w", None]))),
         "decode": draw(mostly(st.just("sample"), st.sampled_from(["beam", "other", None]))),
         "temperature": draw(mostly(st.just(0.5), NUMBER)),
         "catalogue_digest": draw(mostly(st.sampled_from("cd"), st.sampled_from(["", "e", None]))),
