@@ -34,6 +34,7 @@ from trainer.run_settings import (
     TrackingSettings,
 )
 from trainer.settings import LearnerSettings
+from trainer.truncation import TruncationLevel
 
 ROW_MULTIPLE = 16
 """learner.row_tokens is a multiple of this."""
@@ -125,6 +126,9 @@ class RlJob(PolicyJobSettings):
     """Prompts per rollout batch; a multiple of objective.minibatches and of rollout.shard_size."""
     reward: RewardSettings = RewardSettings()
     """The reward service."""
+    max_staleness: int = Field(0, ge=0, le=64)
+    """Updates between the weights that generate a batch and those it trains: 0 rolls out and learns in turn, exactly
+    on-policy; k collects the batches of the next k steps while the learners work (objective.truncation corrects)."""
     group: GroupSettings = GroupSettings()
     """What joins the groups, and which are worth a step."""
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -158,6 +162,8 @@ class RlJob(PolicyJobSettings):
             feedback=self.feedback,
             dumps=self.rollout_only is not None or self.train_only is not None,
         )
+        if self.max_staleness:
+            self._check_staleness()
         if self.feedback is not None and (self.train_only is not None or self.rollout_only is not None):
             raise RequestError("feedback", self.feedback, "none with rollout_only or train_only: dumps hold no log")
         if self.learner.dtype.value != self.rollout.dtype.value and self.policy_gap.limit is None:
@@ -167,6 +173,17 @@ class RlJob(PolicyJobSettings):
                 f"{self.learner.dtype.value} like learner.dtype, or policy_gap.limit set for the mixed pair",
             )
         return self
+
+    def _check_staleness(self) -> None:
+        if self.rollout_only is not None or self.train_only is not None:
+            raise RequestError("max_staleness", self.max_staleness, "0 with rollout_only or train_only")
+        if self.objective.truncation.level is TruncationLevel.NONE:
+            levels = ", ".join(level for level in TruncationLevel if level is not TruncationLevel.NONE)
+            raise RequestError(
+                "objective.truncation.level",
+                "none",
+                f"{levels}: with max_staleness {self.max_staleness} the groups come from earlier weights",
+            )
 
 
 class RankerJob(JobSettings):

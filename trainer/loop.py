@@ -2,14 +2,18 @@
 
     prompts → rollout → reward → learners' score → policy gap → objective → update → push → (evaluate) → (checkpoint)
 
-Who waits for whom, with synchronous rollouts (staleness 0):
+Who waits for whom:
 
-| waits                | for                                  | unblocked by                                   |
-|----------------------|--------------------------------------|------------------------------------------------|
-| rollout of step k+1  | weight version k+1 on every engine   | both checks of the push, or the push's deadline |
-| reward               | all groups of the batch              | the last shard, or an engine's deadline        |
-| update               | rewards, scores and the gap's verdict | the reward service's answer, or its deadline   |
-| checkpoint           | the push and the evaluation          | the next step begins after it is on disk       |
+| waits                | for                                   | unblocked by                                    |
+|----------------------|---------------------------------------|-------------------------------------------------|
+| rollout of step k    | weight version k-1-S on every engine  | both checks of the push, or the push's deadline |
+| reward               | all groups of the batch               | the last shard, or an engine's deadline         |
+| update               | rewards, scores and the gap's verdict | the reward service's answer, or its deadline    |
+| push                 | rollouts that are under way (S ≥ 1)   | the last shard, or an engine's deadline         |
+| checkpoint           | the push and the evaluation           | the next step begins after it is on disk        |
+
+S is `max_staleness`. With 0 everything happens in turn; with S ≥ 1 the batches of the next S steps are collected while
+the learners work (`trainer.lookahead`), and those that wait lie in the checkpoint, so that a restart is exact as well.
 
 Step k is what turns weight version k-1 into k; version 0 is the initial model, a candidate in model selection.
 """
@@ -17,21 +21,22 @@ Step k is what turns weight version k-1 into k; version 0 is the initial model, 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from data.catalogue import Catalogue
-from data.errors import RequestError, RunError
-from data.faults import fault_point
+from data.errors import RunError
 from data.feed import Feed
 from data.feedback import Anchors
-from data.records import DecodeSpec, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
+from data.records import Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
-from reward.scoring import ITEM_MATCH, RewardScorer, reward_metrics
+from reward.scoring import ITEM_MATCH, RewardScorer
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
 from trainer.batch_signals import (
     Extended,
@@ -42,30 +47,25 @@ from trainer.batch_signals import (
     widened,
     without_illegal_anchors,
 )
+from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
-from trainer.ground_truth import with_ground_truth
-from trainer.group_dump import dumped_steps, read_step, step_path
-from trainer.group_settings import Refill
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup, ScoreOutputs
+from trainer.lookahead import Lookahead
 from trainer.losses import UpdateInputs
 from trainer.members import batch_members
 from trainer.objective import objective_coefficients
+from trainer.phases import PhaseTimer
 from trainer.random_negatives import random_negatives
-from trainer.refill import Collected, refilled
 from trainer.run_settings import GapAction
+from trainer.settings import Precision
 from trainer.training_loop import Metrics, TrainingLoop
 from trainer.trees import Completions
 from trainer.window import Negatives
 
-
-class Rollouts(Protocol):
-    """Where groups come from: the fleet, or a dump."""
-
-    def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
-        """Completions of the prompts, in their order."""
-        ...
+WAITING = "waiting"
+"""Folder of a checkpoint with the batches that were collected ahead."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,14 +86,55 @@ class RlLoop(TrainingLoop):
     pushes_every_step = True
     checks_gap = True
 
+    def __post_init__(self) -> None:
+        self._rewarding = threading.Lock()
+        self._waiting: dict[int, Batch] = {}
+
+    @cached_property
+    def _collector(self) -> Collector:
+        assert self.rollouts is not None
+        return Collector(
+            job=self.job,
+            feed=self.feed,
+            rollouts=self.rollouts,
+            rewards=self.rewards,
+            catalogue=self.catalogue,
+            rewarding=self._rewarding,
+        )
+
+    @cached_property
+    def _ahead(self) -> Lookahead[Batch]:
+        return Lookahead(self.collect, self.job.max_staleness, self.job.limits.max_steps)
+
     def epochs(self) -> float:
         """Passes over the training rows so far."""
-        return self.feed.epoch + self.feed.batch / self.feed.batches_per_epoch
+        return self.state.epochs
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the batches that wait in a checkpoint.
+
+        Raises:
+            RequestError: they are damaged, or belong to another catalogue.
+        """
+        self._waiting = read_batches(checkpoint / WAITING, self.catalogue.digest)
+        self._ahead.restore(self._waiting)
+
+    def keep(self, folder: Path) -> None:
+        """See `TrainingLoop`: the batches that wait for their step."""
+        for step, batch in self._waiting.items():
+            write_batch(folder / WAITING, step, batch)
+
+    def close(self) -> None:
+        """See `TrainingLoop`."""
+        self._ahead.close()
 
     def step(self) -> Metrics:
-        """Roll out, reward, score, update, push."""
+        """Take a batch, score, update, push."""
         step = self.state.step + 1
-        prompts, scored, metrics = self.collect(step)
+        with self._wait():
+            batch = self._ahead.take(step)
+        self._check_rewards(batch.failure_N)
+        prompts, scored, metrics = batch.prompts, batch.scored, dict(batch.metrics)
         groups = scored.groups
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         with self.timer.phase("reward"):
@@ -105,7 +146,7 @@ class RlLoop(TrainingLoop):
         with self.timer.phase("score"):
             asked = whole.completions if scored_extras(self.job.objective) else rollouts
             scores = self.learners.score(asked, self.job.rollout.temperature)
-            metrics |= self._check_gap(step, groups, asked, scores)
+            metrics |= self._check_staleness(step, groups) | self._check_gap(step, groups, asked, scores)
         with self.timer.phase("objective"):
             inputs, objective_metrics, log_mean = self._objective(
                 prompts, scored, whole, scores, ranker, feedback, negative_PN
@@ -114,10 +155,13 @@ class RlLoop(TrainingLoop):
             metrics |= self._update(whole.completions, inputs)
         metrics |= objective_metrics | _score_metrics(scores, groups)
 
+        with self._wait():
+            self._waiting = self._ahead.waiting()
         self.state = dataclasses.replace(
             self.state,
             step=step,
             cursor=dict(self.feed.state_dict()),
+            epochs=batch.epoch,
             failures=dict(self.tracker.state_dict()),
             anchor_log_mean=log_mean,
         )
@@ -125,36 +169,18 @@ class RlLoop(TrainingLoop):
             metrics |= self.host.push(step)
         return metrics
 
-    def collect(self, step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
-        """Prompts, their scored groups, and metrics."""
-        batch = self.feed.next()
-        first, metrics = self._rolled_out(batch.prompts, step)
-        collected, failure_N = first, first.scored.failure_P
-        if self.job.group.refill is Refill.OVERSAMPLE:
-            collected, failure_N, told = refilled(
-                first, lambda seen: self._further(seen, step), self.job.group.extra_batches
-            )
-            metrics |= told
-        self._check_rewards(failure_N)
-        metrics |= {"epoch": self.epochs(), "prompts": float(len(batch.prompts))}
-        metrics |= {f"prompts/{why}": float(n) for why, n in batch.counts.items()}
-        return collected.prompts, collected.scored, metrics
+    def collect(self, step: int) -> Batch:
+        """The batch of a step; in a thread of its own where batches are collected ahead."""
+        if not self.job.max_staleness:
+            return self._collector.collect(step, self.timer)
+        timer = PhaseTimer()
+        batch = self._collector.collect(step, timer)
+        times = {f"time/ahead/{name.removeprefix('time/')}": seconds for name, seconds in timer.take().items()}
+        return batch._replace(metrics=batch.metrics | times)
 
-    def _rolled_out(self, prompts: Sequence[Prompt], step: int) -> tuple[Collected, Metrics]:
-        """Scored groups of the prompts, with their ground truths where the recipe wants them."""
-        assert self.rollouts is not None
-        with self.timer.phase("rollout"):
-            groups = self.rollouts.generate(prompts, decode_spec(self.job, step))
-        with self.timer.phase("reward"):
-            fault_point("reward")
-            groups, told = with_ground_truth(prompts, groups, self.catalogue, self.job.group.ground_truth)
-            scored, metrics = self.rewards.score(prompts, groups)
-        return Collected(prompts, scored), metrics | told
-
-    def _further(self, seen: set[int], step: int) -> Collected | None:
-        """Scored groups of the feed's next batch without the prompts that this step has already."""
-        fresh = [prompt for prompt in self.feed.next().prompts if prompt.prompt_id not in seen]
-        return self._rolled_out(fresh, step)[0] if fresh else None
+    def _wait(self) -> AbstractContextManager[None]:
+        """Times a wait for the fleet; without staleness its work is timed as what it is."""
+        return self.timer.phase("wait") if self.job.max_staleness else nullcontext()
 
     def _check_rewards(self, failure_N: np.ndarray) -> None:
         """Stop, after a checkpoint of the last good step, when too many rewards failed."""
@@ -163,30 +189,54 @@ class RlLoop(TrainingLoop):
             self.save_last_good()
             raise RunError(f"step {self.state.step + 1}: {verdict.message}")
 
+    def _check_staleness(self, step: int, groups: Groups) -> Metrics:
+        """Updates between the weights that generated the groups and those that train on them.
+
+        Raises:
+            RunError: groups are older than `max_staleness` allows: the fleet missed a push.
+        """
+        staleness_P = step - 1 - groups.weight_version_P
+        if self.job.max_staleness and staleness_P.max() > self.job.max_staleness:
+            self.save_last_good()
+            raise RunError(
+                f"step {step}: groups of weight version {groups.weight_version_P.min()} arrived, "
+                f"{staleness_P.max()} updates old, more than max_staleness = {self.job.max_staleness}"
+            )
+        return {"staleness/mean": float(staleness_P.mean()), "staleness/max": float(staleness_P.max())}
+
     def _check_gap(self, step: int, groups: Groups, completions: Completions, scores: ScoreOutputs) -> Metrics:
         """Compare what the engine returned with the learner's score; stop before the update when they differ."""
         settings = self.job.policy_gap
         _, members, tokens = groups.shape
         mask_PGT = groups.token_mask_PGT & (completions.valid_PG[:, :members] & groups.generated_PG)[..., None]
         gap = policy_gap(groups.logp_PGT, scores.logp_PGT[:, :members, :tokens], mask_PGT)
-        dtype = self.job.learner.dtype.value
-        if dtype != "float32" and (self.state.noise is None or (step - 1) % settings.noise_every == 0):
-            noise = self.learners.noise(completions, self.job.rollout.temperature)
+        shorter = self.job.learner.dtype is not Precision.FLOAT32
+        due = self.state.noise is None or (step - 1) % settings.noise_every == 0
+        # A batch may be noisier than the one that was measured last: only its own noise sounds the alarm.
+        if shorter and (due or not gap.within(self._gap_limit())):
+            noise = self.learners.noise(completions, self.job.rollout.temperature, scores.logp_PGT)
             self.state = dataclasses.replace(self.state, noise=noise)
-        measured = None if self.state.noise is None else Gap(mean=self.state.noise["mean"], max=self.state.noise["max"])
-        limit = gap_limit(dtype, measured, settings.noise_factor)
-        if settings.limit is not None:
-            limit = Gap(mean=settings.limit, max=torch.inf)
+        limit = self._gap_limit()
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
-            if self.checks_gap and settings.action is GapAction.STOP:
+            # Groups of earlier weights differ from the learner by its updates; their versions are checked instead.
+            alarms = self.checks_gap and not self.job.max_staleness
+            if alarms and settings.action is GapAction.STOP:
                 self.save_last_good()
                 raise
         metrics = {"policy_gap/mean": gap.mean, "policy_gap/max": gap.max, "policy_gap/limit_mean": limit.mean}
-        if measured is not None:
-            metrics |= {"policy_gap/noise_mean": measured.mean, "policy_gap/noise_max": measured.max}
+        if self.state.noise is not None:
+            metrics |= {f"policy_gap/noise_{kind}": value for kind, value in self.state.noise.items()}
         return metrics
+
+    def _gap_limit(self) -> Gap:
+        """The limit by the noise that was measured last, or the one that was set."""
+        settings, noise = self.job.policy_gap, self.state.noise
+        if settings.limit is not None:
+            return Gap(mean=settings.limit, max=torch.inf)
+        measured = None if noise is None else Gap(mean=noise["mean"], max=noise["max"])
+        return gap_limit(self.job.learner.dtype.value, measured, settings.noise_factor)
 
     def _gate_scores(self, prompts: Sequence[Prompt], scored: ScoredGroups) -> tuple[ScoredGroups, RankerScores | None]:
         """What the gate compares; a prompt without it joins the failed groups.
@@ -197,7 +247,8 @@ class RlLoop(TrainingLoop):
         gate = self.job.objective.gate
         if not gate.asks_ranker:
             return scored, None
-        found = gate_scores(self.rewards, prompts, scored.groups, gate, seed=self.job.seed)
+        with self._rewarding:
+            found = gate_scores(self.rewards, prompts, scored.groups, gate, seed=self.job.seed)
         failed = found.failure_P != RewardFailure.NONE.value
         if failed.mean() > self.job.reward.max_failed_share:
             self.save_last_good()
@@ -289,56 +340,6 @@ class RlLoop(TrainingLoop):
     def _minibatches(self, prompts: int) -> Iterator[np.ndarray]:
         for _ in range(self.job.objective.updates):
             yield from np.split(np.arange(prompts), self.job.objective.minibatches)
-
-
-@dataclasses.dataclass(kw_only=True)
-class ReplayLoop(RlLoop):
-    """Trains on dumped groups (`--train-only`), one dump per step, in their order; no engine runs."""
-
-    folder: Path
-    catalogue_digest: str
-    pushes_every_step = False
-    checks_gap = False
-    """The groups come from the dump's weights, so the gap is staleness and no alarm."""
-
-    def __post_init__(self) -> None:
-        self._steps = dumped_steps(self.folder)
-
-    def epochs(self) -> float:
-        """Passes over the dump so far."""
-        return self.state.step / len(self._steps)
-
-    def finished(self) -> str | None:
-        """A dump is used once."""
-        return super().finished() or ("dump_ended" if self.state.step >= len(self._steps) else None)
-
-    def collect(self, step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
-        """The groups of the next dump."""
-        number = self._steps[step - 1]
-        prompts, scored = read_step(self.folder, number, self.catalogue_digest)
-        self._check_fits(step_path(self.folder, number), scored.groups)
-        return prompts, scored, reward_metrics(scored) | {"epoch": self.epochs(), "prompts": float(len(prompts))}
-
-    def _check_fits(self, path: Path, groups: Groups) -> None:
-        """Refuse groups that the job's settings would train as something else than they are.
-
-        Raises:
-            RequestError: another temperature, or groups that the minibatches do not divide.
-        """
-        asked, found = self.job.rollout.temperature, groups.spec.temperature
-        if found != asked:
-            raise RequestError("rollout.temperature", asked, f"{found}, with which {path} was decoded")
-        size, parts = groups.shape[0], self.job.objective.minibatches
-        if size % parts:
-            raise RequestError("objective.minibatches", parts, f"a divisor of {size}, the groups in {path}")
-
-
-def decode_spec(job: RlJob, step: int) -> DecodeSpec:
-    """How the groups of a step are decoded."""
-    rollout = job.rollout
-    return DecodeSpec(
-        decode=rollout.decode, width=rollout.width, temperature=rollout.temperature, seed=job.seed, step=step
-    )
 
 
 def _scaled(inputs: UpdateInputs, factor: int) -> UpdateInputs:

@@ -26,9 +26,10 @@ from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
-from trainer.loop import ReplayLoop, RlLoop
+from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
 from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
+from trainer.replay_loop import ReplayLoop
 from trainer.rollout_only import dump_rollouts
 from trainer.run_log import METRICS, read_metrics
 from trainer.sft import SftLoop, WindowFeed
@@ -60,7 +61,7 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
             job=job,
             host=run,
             state=run.state,
-            resumed=run.resumed,
+            resumed=run.checkpoint is not None,
             feed=feed,
             learners=run.learners,
         )
@@ -113,7 +114,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "job": job,
             "host": run,
             "state": run.state,
-            "resumed": run.resumed,
+            "resumed": run.checkpoint is not None,
             "feed": feed,
             "learners": run.learners,
             "tracker": tracker,
@@ -126,6 +127,8 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             )
         else:
             loop = RlLoop(**common, rollouts=run.started_fleet, rewards=rewards)
+            if run.checkpoint is not None:
+                loop.restore(run.checkpoint)
         reason = loop.run()
         test = test_best(run, interrupted=reason == "interrupted")
         result = summary(run, loop, reason, time.monotonic() - begun) | test

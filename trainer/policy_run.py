@@ -9,7 +9,7 @@ fails.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,8 +60,8 @@ class PolicyRun:
     interruption: Interruption
     state: RunState
     """Where the run begins: fresh, or from its newest checkpoint."""
-    resumed: bool
-    """Whether it begins from a checkpoint."""
+    checkpoint: Path | None
+    """The checkpoint that it begins from; none in a fresh run."""
     hf_dir: Path
     """The initial model."""
     _scored: tuple[int, float] | None = None
@@ -97,7 +97,7 @@ class PolicyRun:
             write_row_scores(self.run_dir, name, evaluation.scored.scores, recall, source=source)
         return evaluation
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
         """See `trainer.training_loop.Host`."""
         score = self._scored[1] if self._scored is not None and self._scored[0] == state.step else None
         metric = None if score is None else self.job.evaluation.metric
@@ -106,6 +106,7 @@ class PolicyRun:
             self.learners.export_hf(folder / HF)
             PromptCard.of(self.job.data).write(folder / HF)
             state.save(folder)
+            keep(folder)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """See `trainer.training_loop.Host`."""
@@ -219,7 +220,7 @@ def policy_run(
             run_log=run_log,
             interruption=interruption,
             state=state,
-            resumed=newest is not None,
+            checkpoint=newest,
             hf_dir=hf_dir,
         )
 

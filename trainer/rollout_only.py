@@ -19,12 +19,12 @@ from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from rollout.fleet import RolloutFleet
 from rollout.settings import EngineDtype
+from trainer.collection import decode_spec
 from trainer.evaluation import Generator
 from trainer.group_dump import step_path, steps_in, write_step
 from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob
-from trainer.loop import decode_spec
 from trainer.policy_data import PolicyData
 from trainer.run_log import METRICS, RunLog, read_last_step
 

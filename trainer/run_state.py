@@ -33,7 +33,9 @@ class RunState:
     risen_to: float | None = None
     """Score of the last rise that counted for early stopping; none means the best score."""
     cursor: dict[str, Any] = field(default_factory=dict)
-    """Position of the feed, with the fingerprint of its dataset."""
+    """Position of the feed, with the fingerprint of its dataset; behind the batches that were collected ahead."""
+    epochs: float = 0.0
+    """Passes over the training rows, up to the batch of `step`."""
     failures: dict[str, Any] = field(default_factory=dict)
     """State of the reward failure tracker."""
     noise: dict[str, float] | None = None

@@ -7,6 +7,7 @@ Every event of a user's sequence is the target of one window per epoch (`data.fe
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from data.catalogue import Catalogue
 from data.dataset import Sequences
@@ -99,6 +100,12 @@ class SftLoop(TrainingLoop):
     def epochs(self) -> float:
         """Passes over the sequences so far."""
         return self.feed.epoch + self.feed.batch / self.feed.batches_per_epoch
+
+    def keep(self, folder: Path) -> None:
+        """Nothing: the cursor tells everything."""
+
+    def close(self) -> None:
+        """Nothing runs beside the steps."""
 
     def step(self) -> Metrics:
         """One optimiser step on a batch of windows."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from data.faults import fault_point
@@ -30,8 +32,8 @@ class Host(Protocol):
         """Evaluate the fleet's present weights on the validation rows; none without a fleet."""
         ...
 
-    def save(self, state: RunState) -> None:
-        """Write the checkpoint of a state."""
+    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
+        """Write the checkpoint of a state; `keep` adds what the loop has besides, given the folder."""
         ...
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -70,13 +72,24 @@ class TrainingLoop(abc.ABC):
 
     def run(self) -> str:
         """Step until a limit is met; returns its name, or `interrupted`."""
-        self._begin()
-        while not self.host.interrupted() and self.finished() is None:
-            metrics = self.step()
-            self._settle(metrics)
-        if self._saved != self.state.step:
-            self._save()
+        try:
+            self._begin()
+            while not self.host.interrupted() and self.finished() is None:
+                metrics = self.step()
+                self._settle(metrics)
+            if self._saved != self.state.step:
+                self._save()
+        finally:
+            self.close()
         return self.finished() or "interrupted"
+
+    @abc.abstractmethod
+    def keep(self, folder: Path) -> None:
+        """Write what belongs to the checkpoint of `state` besides weights, optimiser and `state` itself."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End what the loop began beside its steps."""
 
     def save_last_good(self) -> None:
         """Keep the present state before the run fails, unless it is kept already."""
@@ -139,5 +152,5 @@ class TrainingLoop(abc.ABC):
 
     def _save(self) -> None:
         with self.timer.phase("checkpoint"):
-            self.host.save(self.state)
+            self.host.save(self.state, self.keep)
         self._saved = self.state.step

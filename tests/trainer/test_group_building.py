@@ -7,12 +7,15 @@ test_refill.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data.feed import Feed
+from data.records import NO_ITEM
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
 from tests.trainer.test_loop import World, host_of, weights
@@ -134,10 +137,14 @@ def test_a_refilled_run_counts_and_continues_to_the_bit(world: World) -> None:
 
 
 def test_a_step_never_has_a_prompt_twice(world: World) -> None:
-    loop = world.build("epochs", group=group(refill="oversample", extra_batches=64))
-    loop.feed.epoch, loop.feed.batch = 0, loop.feed.batches_per_epoch - 1
+    loop = world.build("epochs", group=group(refill="oversample", extra_batches=6))
+    # Two batches an epoch, and nobody to hit: all sixteen prompts come, and come again.
+    few = dataclasses.replace(loop.feed.samples.take(np.arange(16)), target_N=np.full(16, NO_ITEM, np.int32))
+    loop.feed = Feed(few, world.data.builder, 8, world.job.seed, fingerprint="few")
     prompts, scored, _, metrics, _ = loop.collect(1)
     ids = [prompt.prompt_id for prompt in prompts]
     assert len(set(ids)) == len(ids) == 8
     assert scored.groups.prompt_id_P.tolist() == ids
-    assert metrics["refill/missing_groups"] == 0
+    assert metrics["refill/extra_prompts"] == 8
+    assert metrics["refill/missing_groups"] == metrics["refill/dropped_groups"] == 8
+    assert metrics["prompts/repeated"] == 6 * 8 - 8

@@ -8,7 +8,7 @@ stops a run. Real processes: tests/launch/test_whole_job.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,19 @@ from rollout.peers import LocalPeer
 from rollout.probe import GapAlarm, item_probe
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
+from trainer.collection import Batch
 from trainer.evaluation import Evaluation
 from trainer.group_dump import write_step
 from trainer.initial_model import prepare_initial_model
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup
-from trainer.loop import ReplayLoop, RlLoop
+from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
+from trainer.replay_loop import ReplayLoop
 from trainer.run_log import reproducible
 from trainer.run_state import RunState
 from trainer.training_loop import Metrics
+from trainer.truncation import TruncationLevel
 
 
 @dataclasses.dataclass
@@ -62,9 +65,10 @@ class LocalHost:
     def evaluate(self, step: int) -> Evaluation | None:
         return None if self.engine is None else self.data.evaluator(self.job).run(self.engine)
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
         self.saved[state.step] = state
         self.learners.save(self.folder / f"state-{state.step}")
+        keep(self.folder / f"state-{state.step}")
 
     def log(self, step: int, metrics: Metrics) -> None:
         assert step not in self.steps
@@ -193,21 +197,78 @@ def test_a_restart_continues_to_the_bit(world: World) -> None:
     assert host_of(again).steps == {step: expected_steps[step] for step in (2, 3)}
 
 
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_batches_collected_ahead_have_the_lag_that_was_asked_for(world: World, staleness: int) -> None:
+    changes = stale(world, staleness)
+    whole = world.build(f"ahead-{staleness}", **changes)
+    whole.run()
+    steps = host_of(whole).steps
+    for step in (1, 2, 3):
+        assert steps[step]["weight_version"] == steps[step]["weight_version/oldest"] == max(step - 1 - staleness, 0)
+        assert steps[step]["staleness/max"] == min(step - 1, staleness)
+    expected = weights(whole, world.folder / f"ahead-{staleness}-hf")
+    kept = host_of(whole).folder / "state-1"
+    assert len(list((kept / "waiting").glob("*.parquet"))) == min(staleness, 2)
+    again = world.build(f"ahead-again-{staleness}", state=host_of(whole).saved[1], load=kept, **changes)
+    again.restore(kept)
+    again.run()
+    assert host_of(again).steps == {step: steps[step] for step in (2, 3)}
+    assert weights(again, world.folder / f"ahead-again-{staleness}-hf") == expected
+
+
+def stale(world: World, staleness: int) -> dict[str, Any]:
+    """Changes of a job that trains on groups of earlier weights."""
+    truncation = world.job.objective.truncation.model_copy(update={"level": TruncationLevel.TOKEN})
+    objective = world.job.objective.model_copy(update={"truncation": truncation})
+    return {"max_staleness": staleness, "objective": objective}
+
+
+def test_a_rollout_that_fails_ahead_stops_the_run_before_the_push(world: World) -> None:
+    loop = world.build("ahead-fails", **stale(world, 1))
+    rollouts = loop.rollouts
+    assert rollouts is not None
+    generate = rollouts.generate
+
+    def dying(prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
+        if spec.step == 3:
+            raise RunError("the engine died")
+        return generate(prompts, spec)
+
+    rollouts.generate = dying  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="the engine died"):
+        loop.run()
+    assert sorted(host_of(loop).steps) == [0, 1]
+    assert sorted(host_of(loop).saved) == [0, 1]
+
+
+def test_groups_older_than_the_bound_stop_the_run(world: World) -> None:
+    loop = world.build("ahead-withheld", **stale(world, 1))
+    host_of(loop).withheld.add(1)
+    with pytest.raises(RunError, match="step 3: groups of weight version 0 arrived, 2 updates old"):
+        loop.run()
+    assert 2 in host_of(loop).saved
+
+
+def test_staleness_asks_for_its_correction() -> None:
+    content = recipe(Path("no-dataset"), "rl") | {"max_staleness": 1}
+    with pytest.raises(RequestError, match=r"objective\.truncation\.level.*legal: token, item, sequence"):
+        RlJob.model_validate(content)
+
+
 def test_a_dump_trains_the_step_it_was_made_for(world: World) -> None:
     limits = world.job.limits.model_copy(update={"max_steps": 1})
     direct = world.build("direct", limits=limits)
-    collected: list[tuple[Sequence[Prompt], ScoredGroups]] = []
+    collected: list[Batch] = []
     collect = direct.collect
 
-    def recorded(step: int) -> tuple[Sequence[Prompt], ScoredGroups, Metrics]:
-        prompts, scored, metrics = collect(step)
-        collected.append((prompts, scored))
-        return prompts, scored, metrics
+    def recorded(step: int) -> Batch:
+        collected.append(collect(step))
+        return collected[-1]
 
     direct.collect = recorded  # type: ignore[method-assign]
     direct.run()
     expected = weights(direct, world.folder / "direct-hf")
-    write_step(world.folder / "dump", 1, *collected[0])
+    write_step(world.folder / "dump", 1, collected[0].prompts, collected[0].scored)
     replay = world.build("replay", train_only=world.folder / "dump", limits=limits)
     assert replay.run() == "max_steps"
     assert weights(replay, world.folder / "replay-hf") == expected

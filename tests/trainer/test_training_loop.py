@@ -6,6 +6,7 @@ Uses a loop whose steps do nothing, the real log of a run and a clock of the tes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -45,7 +46,7 @@ class Host:
         fake = SimpleNamespace(items=SimpleNamespace(values=values), metrics=lambda: dict(values))
         return cast(Evaluation, fake)
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
         self.saved[state.step] = state
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -72,6 +73,12 @@ class Steps(TrainingLoop):
 
     def epochs(self) -> float:
         return float(self.state.step)
+
+    def keep(self, folder: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def steps(host: Host, *, state: RunState | None = None, dies_in: int = -1, **sections: Any) -> Steps:
