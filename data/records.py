@@ -33,7 +33,7 @@ class Decode(StrEnum):
     BEAM = "beam"
     """Deterministic beam search; the group is the `width` most probable completions the beams reached."""
     SAMPLE_WITHOUT_REPLACEMENT = "sample_without_replacement"
-    """Stochastic beam search with Gumbel top-k."""
+    """Stochastic beam search with Gumbel top-k: draws that differ; `Groups.importance_weight_PG` makes up for it."""
 
 
 class Kind(StrEnum):
@@ -121,6 +121,9 @@ class Groups:
     constraint: str
     """Specification of the constraint, e.g. `item_trie` or `item_trie-exclusions`."""
     catalogue_digest: str
+    threshold_P: npt.NDArray[np.float64] | None = None
+    """Of `sample_without_replacement` only: the largest perturbed log-probability that is not in the group, minus
+    infinity where the group is everything legal."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,9 +149,35 @@ class Groups:
         total_PG: FloatArray = np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64)
         return total_PG.astype(np.float32)
 
+    @property
+    def importance_weight_PG(self) -> npt.NDArray[np.float64]:
+        """Weight of each completion in unbiased estimates, 0 where absent.
+
+        For any f, the expectation over groups of `sum_g weight_g f(g)` is the expectation of f under the policy: the
+        mean for independent draws (`1 / members`), and `p / q` for draws without replacement, with
+        `q = 1 - exp(-exp(log p - threshold))` the probability to be above the threshold.
+
+        Raises:
+            ValueError: beams are not drawn, so there is no such weight.
+
+        Source: Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them (ICML 2019), equation 11.
+        """
+        if self.spec.decode is Decode.SAMPLE:
+            return np.where(self.valid_PG, 1.0 / self.valid_PG.shape[1], 0.0)
+        if self.threshold_P is None:
+            raise ValueError(f"completions decoded with {self.spec.decode.value} have no importance weights")
+        logp_PG = np.where(self.token_mask_PGT, self.logp_PGT, 0.0).sum(-1, dtype=np.float64)
+        # exp(-threshold) is infinite where the group is everything, and q is 1 then.
+        with np.errstate(over="ignore"):
+            inclusion_PG = -np.expm1(-np.exp(logp_PG - self.threshold_P[:, None]))
+        # Where p is lost to rounding, p / q is what it tends to.
+        limit_PG = np.broadcast_to(np.exp(self.threshold_P)[:, None], inclusion_PG.shape)
+        weight_PG = np.divide(np.exp(logp_PG), inclusion_PG, out=limit_PG.copy(), where=inclusion_PG > 0)
+        return np.where(self.valid_PG, weight_PG, 0.0)
+
     def take(self, rows: npt.NDArray[np.integer]) -> Groups:
         """The groups of the given prompt rows."""
-        taken: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in _per_prompt_fields()}
+        taken: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in self._per_prompt_fields()}
         return dataclasses.replace(self, **taken)
 
     @staticmethod
@@ -168,7 +197,7 @@ class Groups:
                 raise ValueError("shards of different requests or catalogues cannot be joined")
         tokens = max(part.token_PGT.shape[2] for part in parts)
         joined: dict[str, Any] = {}
-        for field in _per_prompt_fields():
+        for field in first._per_prompt_fields():
             arrays = [getattr(part, field.name) for part in parts]
             if field.name.endswith("_PGT"):
                 fill = -1 if field.name == "token_PGT" else 0
@@ -177,9 +206,9 @@ class Groups:
             joined[field.name] = np.concatenate(arrays)
         return dataclasses.replace(first, **joined)
 
-
-def _per_prompt_fields() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(Groups) if f.name.split("_")[-1].startswith("P")]
+    def _per_prompt_fields(self) -> list[dataclasses.Field[Any]]:
+        fields = [f for f in dataclasses.fields(self) if f.name.split("_")[-1].startswith("P")]
+        return [f for f in fields if getattr(self, f.name) is not None]
 
 
 class RewardFailure(StrEnum):

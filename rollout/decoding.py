@@ -60,6 +60,8 @@ class Completions(NamedTuple):
     length_PS: Tensor
     item_PS: Tensor
     valid_PS: Tensor
+    threshold_P: Tensor
+    """float64, the largest rank that a search dropped (see `Groups.threshold_P`); minus infinity for draws."""
 
 
 def decode(
@@ -75,16 +77,14 @@ def decode(
 
     Raises:
         RunError: the logits are not finite on a legal token, or the constraint has a dead end.
-        ValueError: a decode strategy this loop does not know.
     """
     state = constraint.start(exclusions)
     try:
         logits_PV = backend.prefill(prompts, spec.width, constraint.max_tokens - 1)
-        if spec.decode is Decode.BEAM:
-            return _beam(backend, constraint, state, logits_PV, spec)
         if spec.decode is Decode.SAMPLE:
             return _sample(backend, constraint, state, logits_PV, spec, prompt_id_P)
-        raise ValueError(f"decode strategy {spec.decode.value} is not implemented")
+        ranking = _Likelihood() if spec.decode is Decode.BEAM else _Perturbation(spec, prompt_id_P, logits_PV.device)
+        return _search(backend, constraint, state, logits_PV, spec, ranking)
     finally:
         backend.release()
 
@@ -125,8 +125,9 @@ class _Slots:
             row_PS=self.row_PS.gather(1, slot_PS),
         )
 
-    def finish(self) -> Completions:
+    def finish(self, threshold_P: Tensor) -> Completions:
         return Completions(
+            threshold_P=threshold_P,
             token_PST=self.token_PST.masked_fill(~self.valid_PS[..., None], -1),
             logp_PST=self.logp_PST.masked_fill(~self.valid_PS[..., None], 0.0),
             length_PS=self.length_PS.masked_fill(~self.valid_PS, 0),
@@ -135,42 +136,136 @@ class _Slots:
         )
 
 
-def _beam(
-    backend: Backend, constraint: Constraint[StateT], state: StateT, logits_NV: Tensor, spec: DecodeSpec
+class _Ranking(Protocol):
+    """What a search keeps the largest of."""
+
+    def root(self, prompts: int) -> Tensor:
+        """float64 `[P]` of the empty completions."""
+        ...
+
+    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
+        """float64 `[N, C]` of the continuations.
+
+        Args:
+            rank_N: of the prefixes.
+            place_N: prompt and slot of the prefixes, as `prompt * width + slot`.
+            score_N: log-probability of the prefixes.
+            logp_NC: of the continuations.
+            token: number of tokens of the prefixes.
+        """
+        ...
+
+
+class _Likelihood:
+    """Beam search: the most probable prefixes."""
+
+    def root(self, prompts: int) -> Tensor:
+        return torch.zeros(prompts, dtype=torch.float64)
+
+    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
+        return score_N[:, None] + logp_NC.double()
+
+
+class _Perturbation:
+    """Stochastic beam search: the prefixes with the largest Gumbel-perturbed log-probabilities.
+
+    Every completion has a perturbed log-probability `G = log p + Gumbel noise`, independent of the others, and the
+    `width` largest are a sample without replacement. A prefix has the maximum of its completions, which is itself
+    Gumbel distributed around the prefix's log-probability; children are drawn given that their maximum is their
+    parent's. The root is drawn too, not fixed, because the threshold has to be that of independent noise.
+
+    Source: Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them (ICML 2019), sections 3 and 4, appendix B.
+    """
+
+    def __init__(self, spec: DecodeSpec, prompt_id_P: LongArray, device: torch.device) -> None:
+        self._spec = spec
+        self._prompt_id_P = prompt_id_P
+        self._device = device
+
+    def _gumbel(self, members: int, token: int) -> Tensor:
+        uniform_PM = torch.from_numpy(
+            uniforms(
+                seed=self._spec.seed,
+                step=self._spec.step,
+                prompt_id_P=self._prompt_id_P,
+                members=members,
+                token=token,
+            )
+        )
+        # Half a step of the generator away from 0, whose double logarithm is infinite.
+        return -(-(uniform_PM + 2.0**-54).log()).log().to(self._device)
+
+    def root(self, prompts: int) -> Tensor:
+        return self._gumbel(1, 0)[:, 0]
+
+    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
+        # A prefix has the draws of its slot, so they do not depend on how many rows there are.
+        width, branches = self._spec.width, logp_NC.shape[1]
+        noise_NC = self._gumbel(width * branches, token + 1).view(-1, branches)[place_N]
+        free_NC = score_N[:, None] + logp_NC.double() + noise_NC
+        peak_N1 = free_NC.max(1, keepdim=True).values
+        below_NC = torch.log(-torch.expm1(free_NC - peak_N1))
+        shift_NC = rank_N[:, None] - free_NC + below_NC
+        bound_NC = rank_N[:, None] - shift_NC.clamp(min=0) - (-shift_NC.abs()).exp().log1p()
+        return bound_NC.masked_fill(free_NC == -torch.inf, -torch.inf)
+
+
+def _search(
+    backend: Backend,
+    constraint: Constraint[StateT],
+    state: StateT,
+    logits_NV: Tensor,
+    spec: DecodeSpec,
+    ranking: _Ranking,
 ) -> Completions:
-    """Beam search; a completed hypothesis keeps competing with its score, without length normalisation."""
+    """Keep the best of a ranking at every level; a completed hypothesis keeps competing with the rank it has."""
     prompts, device = logits_NV.shape[0], logits_NV.device
     slots = _Slots.empty(prompts, 1, constraint.max_tokens, device)
-    score_PS = torch.zeros((prompts, 1), dtype=torch.float64, device=device)
-    while True:
+    rank_PS = ranking.root(prompts).to(device)[:, None]
+    score_PS = torch.zeros_like(rank_PS)
+    # What is dropped at any level stands for completions that are not in the answer.
+    threshold_P = torch.full_like(rank_PS[:, 0], -torch.inf)
+    prompt_P1 = torch.arange(prompts, device=device)[:, None]
+    for token in range(constraint.max_tokens):
         legal = constraint.legal(state)
         logp_NC = policy_logp(logits_NV, legal, spec.temperature)
-        best_NK = stable_top(logp_NC, min(spec.width, logp_NC.shape[1]))
-        logp_NK = logp_NC.gather(1, best_NK)
-        token_NK = legal.token_NC.gather(1, best_NK)
-        branches = logp_NK.shape[1]
-
         live_PS = slots.row_PS >= 0
         row_PS = slots.row_PS.clamp(min=0)
+        # Every live slot has a row of its own.
+        slot_N = torch.empty(len(logp_NC), dtype=torch.long, device=device)
+        slot_N[slots.row_PS[live_PS]] = live_PS.flatten().nonzero()[:, 0]
+        place_PS = prompt_P1 * spec.width + torch.arange(row_PS.shape[1], device=device)
+        rank_N, score_N, place_N = (values_PS.flatten()[slot_N] for values_PS in (rank_PS, score_PS, place_PS))
+        rank_NC = ranking.children(rank_N, place_N, score_N, logp_NC, token)
+        # One more than can be chosen, so that the best that is dropped is known.
+        best_NK = stable_top(rank_NC, min(spec.width + 1, rank_NC.shape[1]))
+        rank_NK, logp_NK = rank_NC.gather(1, best_NK), logp_NC.gather(1, best_NK)
+        token_NK = legal.token_NC.gather(1, best_NK)
+        branches = rank_NK.shape[1]
+
         # One more branch per hypothesis stands for "stay as you are": the completed ones take it, nobody else.
         candidate_PSB = torch.full((*row_PS.shape, branches + 1), -torch.inf, dtype=torch.float64, device=device)
-        grown_PSK = score_PS[..., None] + logp_NK[row_PS].double()
-        candidate_PSB[..., :branches] = grown_PSK.masked_fill(~live_PS[..., None], -torch.inf)
-        candidate_PSB[..., branches] = score_PS.masked_fill(live_PS | ~slots.valid_PS, -torch.inf)
+        candidate_PSB[..., :branches] = rank_NK[row_PS].masked_fill(~live_PS[..., None], -torch.inf)
+        candidate_PSB[..., branches] = rank_PS.masked_fill(live_PS | ~slots.valid_PS, -torch.inf)
         candidate_PX = candidate_PSB.flatten(1)
-        if candidate_PX.shape[1] < spec.width:
+        if candidate_PX.shape[1] <= spec.width:
             candidate_PX = torch.nn.functional.pad(
-                candidate_PX, (0, spec.width - candidate_PX.shape[1]), value=-torch.inf
+                candidate_PX, (0, spec.width + 1 - candidate_PX.shape[1]), value=-torch.inf
             )
-        chosen_PS = stable_top(candidate_PX, spec.width)
-        score_PS = candidate_PX.gather(1, chosen_PS)
-        valid_PS = score_PS > -torch.inf
+        ordered_PS = stable_top(candidate_PX, spec.width + 1)
+        dropped_P = candidate_PX.gather(1, ordered_PS[:, -1:])[:, 0]
+        threshold_P = torch.maximum(threshold_P, dropped_P)
+        chosen_PS = ordered_PS[:, :-1]
+        rank_PS = candidate_PX.gather(1, chosen_PS)
+        valid_PS = rank_PS > -torch.inf
         parent_PS = (chosen_PS // (branches + 1)).clamp(max=row_PS.shape[1] - 1)
         branch_PS = chosen_PS % (branches + 1)
 
         slots = slots.take(parent_PS)
+        score_PS = score_PS.gather(1, parent_PS)
         grows_PS = valid_PS & (branch_PS < branches)
         row_N, branch_N = slots.row_PS[grows_PS], branch_PS[grows_PS]
+        score_PS[grows_PS] += logp_NK[row_N, branch_N].double()
         slots = _Slots(
             token_PST=slots.token_PST,
             logp_PST=slots.logp_PST,
@@ -181,9 +276,10 @@ def _beam(
         )
         grown = _grow(constraint, state, slots, grows_PS, row_N, token_NK[row_N, branch_N], logp_NK[row_N, branch_N])
         if grown is None:
-            return slots.finish()
+            return slots.finish(threshold_P)
         state, parent_N, token_N = grown
         logits_NV = backend.extend(parent_N, token_N)
+    raise RunError(f"a completion is not done after {constraint.max_tokens} tokens: the constraint breaks its limit")
 
 
 def _grow(
@@ -254,7 +350,7 @@ def _sample(
             constraint, state, slots, live_PS, row_M, legal.token_NC[row_M, choice_M], logp_NC[row_M, choice_M]
         )
         if grown is None:
-            return slots.finish()
+            return slots.finish(torch.full((prompts,), -torch.inf, dtype=torch.float64))
         state, parent_N, token_N = grown
         logits_NV = backend.extend(parent_N, token_N)
     raise RunError(f"a completion is not done after {constraint.max_tokens} tokens: the constraint breaks its limit")

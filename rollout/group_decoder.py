@@ -55,8 +55,9 @@ class GroupDecoder:
         Raises:
             RequestError: an unknown strategy, no prompts, or a prompt that is empty, too long or of unknown tokens.
         """
-        if spec.decode not in (Decode.BEAM, Decode.SAMPLE):
-            raise RequestError("decode", spec.decode.value, "beam, sample")
+        if spec.decode is Decode.SAMPLE_WITHOUT_REPLACEMENT and not spec.constrained:
+            # Every token of the vocabulary would need noise of its own, for every beam.
+            raise RequestError("decode", f"{spec.decode.value} without the constraint", "beam, sample")
         if spec.width < 1 or not spec.temperature > 0:
             raise RequestError("decode", f"width {spec.width}, temperature {spec.temperature}", "both above 0")
         if not prompts:
@@ -140,6 +141,7 @@ class GroupDecoder:
             spec=spec,
             constraint=constraint.spec,
             catalogue_digest=self._digest,
+            threshold_P=done.threshold_P.numpy() if spec.decode is Decode.SAMPLE_WITHOUT_REPLACEMENT else None,
         )
 
     def _constraint(self, prompts: Sequence[Prompt], spec: DecodeSpec, exclude: bool | None) -> Constraint[Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from data.errors import RequestError
 from data.records import Decode
 from data.settings import Settings
 
@@ -38,7 +36,8 @@ class RolloutSettings(Settings):
     dtype: EngineDtype = EngineDtype.BFLOAT16
     """Type of weights and activations in the engine: float32 or bfloat16."""
     decode: Decode = Decode.BEAM
-    """`beam` (the most probable completions) or `sample` (independent draws)."""
+    """`beam` (the most probable completions), `sample` (independent draws), or `sample_without_replacement` (stochastic
+    beam search: draws that differ, with weights that make up for it)."""
     width: int = Field(16, ge=1, le=1024)
     """Group size: beams or samples per prompt."""
     temperature: float = Field(1.0, gt=0, le=100)
@@ -64,9 +63,3 @@ class RolloutSettings(Settings):
     """Seconds an engine may take to come up."""
     deadline_s: float = Field(300.0, gt=0)
     """Seconds a shard may take before the engine counts as lost."""
-
-    @model_validator(mode="after")
-    def _decode_is_implemented(self) -> Self:
-        if self.decode not in (Decode.BEAM, Decode.SAMPLE):
-            raise RequestError("rollout.decode", self.decode.value, "beam, sample")
-        return self

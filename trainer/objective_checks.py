@@ -38,6 +38,12 @@ def check_objective(
     Raises:
         RequestError: names the field to change and the reason.
     """
+    if rollout.decode is Decode.SAMPLE_WITHOUT_REPLACEMENT:
+        raise RequestError(
+            "rollout.decode",
+            rollout.decode.value,
+            "beam or sample for rl: its draws need weights of their own, and the objective weighs all members alike",
+        )
     _check_window(objective, rollout)
     _check_negatives(objective, reward)
     _check_group(objective, group, dumps)

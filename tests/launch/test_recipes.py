@@ -88,6 +88,7 @@ def test_the_window_is_what_tawin_adds_to_grpo_on_beams() -> None:
             "sample or random, because rollout.decode",
         ),
         ("tawin", ["--objective.truncation.level", "sequence"], "objective.truncation.level", "beams are not drawn"),
+        ("grpo", ["--rollout.decode", "sample_without_replacement"], "rollout.decode", "weights of their own"),
         ("grpo", ["--objective.reward_order", "gdpo"], "objective.reward_order", "only one reward"),
         ("grpo", ["--objective.stages", "[nowhere:f]"], "objective.stages", "nowhere"),
         ("grpo", ["--objective.anchor.mode", "append"], "feedback", "needs logged exposures"),

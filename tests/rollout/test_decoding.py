@@ -1,12 +1,15 @@
 """The decoding loop equals slow decoding in float64, on catalogues of any shape and a backend made of random tables.
 
 Checked: beams, exhaustive ranking where the width covers it, unequal path lengths, exclusions, empty slots, ties,
-independence from the batch, the distribution of samples, unconstrained decoding, broken logits. Not checked here: the
+independence from the batch, the distribution of samples, sets and weights of draws without replacement, unconstrained
+decoding, broken logits. Not checked here: the
 real models (test_engines.py).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +22,7 @@ from scipy import stats
 from data.catalogue import Catalogue
 from data.constraint import LegalSets, legal_log_softmax
 from data.errors import RunError
-from data.records import NO_ITEM, Decode, DecodeSpec, IntArray
+from data.records import NO_ITEM, Decode, DecodeSpec, Finish, Groups, IntArray
 from data.trie_constraint import TrieConstraint
 from rollout.decoding import Completions, decode, policy_logp, stable_top
 from rollout.unconstrained import Unconstrained
@@ -117,7 +120,7 @@ def test_beams_equal_the_slow_search(catalogue: Catalogue, width: int, temperatu
 
 
 @settings(max_examples=25, deadline=None)
-@given(catalogue=catalogues(), decode=st.sampled_from([Decode.BEAM, Decode.SAMPLE]), order=st.permutations(range(5)))
+@given(catalogue=catalogues(), decode=st.sampled_from(list(Decode)), order=st.permutations(range(5)))
 def test_no_completion_depends_on_its_batch(catalogue: Catalogue, decode: Decode, order: list[int]) -> None:
     spec = DecodeSpec(decode=decode, width=5, seed=11, step=2)
     prompts = [(7, index) for index in range(5)]
@@ -183,6 +186,123 @@ def test_draws_follow_the_key() -> None:
         assert not torch.equal(first.token_PST, other.token_PST)
     wider = run(catalogue, [(4, 4)], DecodeSpec(decode=Decode.SAMPLE, width=20, seed=1, step=0))
     assert torch.equal(first.token_PST, wider.token_PST[:, :16])
+
+
+class ChainBackend:
+    """A language model whose logits depend on the prompt and the last token: one table for any number of rows."""
+
+    def __init__(self, vocabulary_size: int, prompts: int) -> None:
+        self.table_VV = torch.from_numpy(np.random.default_rng(3).normal(size=(vocabulary_size,) * 2)).float() * 1.5
+        self.prompts = prompts
+
+    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> torch.Tensor:
+        return self.table_VV[0].expand(len(prompts), -1)
+
+    def extend(self, parent_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+        return self.table_VV[token_N]
+
+    def release(self) -> None:
+        pass
+
+    def distribution(self, allowed: dict[Path, int], temperature: float) -> dict[Path, float]:
+        logits = self.table_VV.double().numpy()
+        return {
+            path: np.exp(logp)
+            for path, logp in all_items(lambda prefix: logits[(0, *prefix)[-1]], allowed, temperature)
+        }
+
+
+def draw_sets(
+    catalogue: Catalogue, *, draws: int, width: int, exclusion: Sequence[int] = ()
+) -> tuple[Groups, dict[Path, float]]:
+    """Groups drawn without replacement for one prompt under many keys, and the probability of every path."""
+    spec = DecodeSpec(decode=Decode.SAMPLE_WITHOUT_REPLACEMENT, width=width, temperature=0.9, seed=8, step=1)
+    backend = ChainBackend(catalogue.vocabulary.size, draws)
+    excluded = np.array(exclusion, np.int32)
+    done = decode(
+        backend,
+        TrieConstraint(catalogue.trie(), exclude=bool(len(excluded))),
+        prompts=[np.array([1], np.int32)] * draws,
+        prompt_id_P=np.arange(draws),
+        exclusions=[excluded] * draws,
+        spec=spec,
+    )
+    groups = Groups(
+        prompt_id_P=np.arange(draws),
+        valid_PG=done.valid_PS.numpy(),
+        token_PGT=done.token_PST.numpy().astype(np.int32),
+        length_PG=done.length_PS.numpy().astype(np.int32),
+        item_PG=done.item_PS.numpy().astype(np.int32),
+        logp_PGT=done.logp_PST.numpy(),
+        finish_PG=np.full(done.item_PS.shape, Finish.ITEM.value),
+        weight_version_P=np.zeros(draws, np.int64),
+        engine_id_P=np.full(draws, "table"),
+        spec=spec,
+        constraint="item_trie",
+        catalogue_digest="",
+        threshold_P=done.threshold_P.numpy(),
+    )
+    return groups, backend.distribution(allowed_paths(catalogue, exclusion), spec.temperature)
+
+
+SMALL = [[0, 0], [0, 1], [1], [2, 0, 0], [2, 0, 1], [2, 1, 0], [3, 3]]
+
+
+def test_sets_without_replacement_have_the_brute_force_frequencies() -> None:
+    """The probability of a set is the sum over its orders of drawing one item after the other."""
+    catalogue = Catalogue.from_codes(SMALL)
+    draws, width = 30_000, 3
+    groups, probability = draw_sets(catalogue, draws=draws, width=width, exclusion=[4])
+    items = allowed_paths(catalogue, [4])
+    p = {items[path]: value for path, value in probability.items()}
+    assert sum(p.values()) == pytest.approx(1)
+    expected: dict[frozenset[int], float] = {}
+    for order in itertools.permutations(p, width):
+        left, product = 1.0, 1.0
+        for item in order:
+            product, left = product * p[item] / left, left - p[item]
+        expected[frozenset(order)] = expected.get(frozenset(order), 0.0) + product
+    found = Counter(frozenset(row) for row in groups.item_PG.tolist())
+    assert set(found) <= set(expected)
+    counts = np.array([[found[key], value * draws] for key, value in expected.items()])
+    often = counts[:, 1] >= 5
+    observed, wanted = (np.append(column[often], column[~often].sum()) for column in counts.T)
+    assert stats.chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 1e-3
+    # The first of a group is an ordinary draw.
+    first = np.bincount(groups.item_PG[:, 0], minlength=catalogue.n_items)
+    ordinary = np.array([p.get(item, 0.0) * draws for item in range(catalogue.n_items)])
+    assert stats.chisquare(first[ordinary > 0], ordinary[ordinary > 0]).pvalue > 1e-3
+
+
+def test_weighted_estimates_without_replacement_are_unbiased() -> None:
+    catalogue = Catalogue.from_codes(SMALL)
+    draws = 100_000
+    value_I = np.array([3.0, -1.0, 0.5, 10.0, 2.0, -4.0, 7.0])
+    items = allowed_paths(catalogue)
+    for width in (1, 2, 4):
+        groups, probability = draw_sets(catalogue, draws=draws, width=width)
+        exact = sum(p * value_I[items[path]] for path, p in probability.items())
+        estimate_P = (groups.importance_weight_PG * value_I[groups.item_PG]).sum(1)
+        error = estimate_P.std() / np.sqrt(draws)
+        assert abs(estimate_P.mean() - exact) < 4 * error
+        # Weights that forget the threshold are off by far more than that.
+        naive_P = value_I[groups.item_PG].mean(1)
+        assert width == 1 or abs(naive_P.mean() - exact) > 10 * error
+
+
+def test_everything_drawn_has_its_probability_as_weight() -> None:
+    catalogue = Catalogue.from_codes(SMALL)
+    groups, probability = draw_sets(catalogue, draws=5, width=9)
+    assert groups.valid_PG.sum(1).tolist() == [7] * 5
+    assert groups.threshold_P is not None
+    assert (groups.threshold_P == -np.inf).all()
+    items = allowed_paths(catalogue)
+    p_I = np.array([probability[path] for path in sorted(items, key=items.__getitem__)])
+    for weight_G, item_G, valid_G in zip(groups.importance_weight_PG, groups.item_PG, groups.valid_PG, strict=True):
+        np.testing.assert_allclose(weight_G[valid_G], p_I[item_G[valid_G]], rtol=1e-5)
+        assert (weight_G[~valid_G] == 0).all()
+    half = groups.take(np.array([1, 3]))
+    assert Groups.concat([half, half]).importance_weight_PG.shape == (4, 9)
 
 
 def test_unconstrained_beams_search_the_whole_vocabulary() -> None:

@@ -129,6 +129,22 @@ def test_samples_follow_the_exact_distribution(engine: Engine, catalogue: Catalo
         assert logp == pytest.approx(by_path[path], abs=1e-4)
 
 
+def test_draws_without_replacement_differ_and_carry_weights(
+    engine: Engine, catalogue: Catalogue, oracle: PolicyOracle
+) -> None:
+    prompts = random_prompts(catalogue, [40, 9], seed=13, excluded=20)
+    groups = engine.generate(prompts, DecodeSpec(decode=Decode.SAMPLE_WITHOUT_REPLACEMENT, width=8, seed=5))
+    assert groups.threshold_P is not None
+    for row, prompt in enumerate(prompts):
+        exact = dict(all_items(oracle(prompt), allowed_paths(catalogue, prompt.exclusions)))
+        paths = paths_of(groups, row)
+        assert len(set(paths)) == 8
+        logp_G = np.array([exact[path] for path in paths])
+        np.testing.assert_allclose(groups.sequence_logp_PG[row], logp_G, atol=1e-4)
+        inclusion_G = 1 - np.exp(-np.exp(logp_G - groups.threshold_P[row]))
+        np.testing.assert_allclose(groups.importance_weight_PG[row], np.exp(logp_G) / inclusion_G, rtol=1e-3)
+
+
 def test_unconstrained_beams(engine: Engine, catalogue: Catalogue, oracle: PolicyOracle) -> None:
     prompts = random_prompts(catalogue, [33, 12], seed=4, excluded=5)
     groups = engine.generate(prompts, dataclasses.replace(BEAM, constrained=False))
@@ -161,7 +177,7 @@ def test_score_is_the_full_vocabulary(engine: Engine, catalogue: Catalogue, orac
         np.testing.assert_allclose(logp_T, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("decode", [Decode.BEAM, Decode.SAMPLE])
+@pytest.mark.parametrize("decode", list(Decode))
 def test_equal_bits_alone_and_together(engine: Engine, catalogue: Catalogue, decode: Decode) -> None:
     prompts = random_prompts(catalogue, LENGTHS, seed=6, excluded=3)
     spec = DecodeSpec(decode=decode, width=8, seed=2)
@@ -175,7 +191,7 @@ def test_equal_bits_whatever_the_chunks(
 ) -> None:
     prompts = random_prompts(catalogue, [*LENGTHS, 100, 3], seed=7, excluded=3)
     texts = [prompt.token_ids for prompt in prompts]
-    specs = [BEAM, DecodeSpec(decode=Decode.SAMPLE, width=8, seed=2)]
+    specs = [DecodeSpec(decode=decode, width=8, seed=2) for decode in Decode]
     whole = [vllm_engine.generate(prompts, spec) for spec in specs]
     scores = vllm_engine.score(texts, texts)
     try:
@@ -252,7 +268,8 @@ def test_wrong_requests_are_named(engine: Engine, catalogue: Catalogue) -> None:
     refused("prompt 77: 510 tokens", [dataclasses.replace(prompt, token_ids=np.full(510, 5, np.int32))])
     refused("prompt 77: token ids", [dataclasses.replace(prompt, token_ids=np.array([1, 19], np.int32))])
     refused("prompt 77: token ids", [dataclasses.replace(prompt, token_ids=np.array([-1], np.int32))])
-    refused("legal: beam, sample", [prompt], dataclasses.replace(BEAM, decode=Decode.SAMPLE_WITHOUT_REPLACEMENT))
+    free = dataclasses.replace(BEAM, decode=Decode.SAMPLE_WITHOUT_REPLACEMENT, constrained=False)
+    refused("without the constraint; legal: beam, sample", [prompt], free)
     refused("both above 0", [prompt], dataclasses.replace(BEAM, temperature=0.0))
     with pytest.raises(RequestError, match="sequence 0"):
         engine.score([prompt.token_ids], [empty])
