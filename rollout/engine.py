@@ -74,9 +74,9 @@ class VllmEngine(ReceivingEngine):
             RequestError: a setting that the model cannot meet.
         """
         longest = longest_sequence(settings, Path(hf_dir))
-        os.environ.update(internals.environment(threads=settings.threads))
+        os.environ.update(internals.environment(threads=settings.compute_threads))
         # vLLM's CPU worker forbids it afterwards.
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.compute_threads)
         from vllm import LLM
 
         from rollout.weight_transfer import BACKEND

@@ -91,7 +91,7 @@ class RolloutFleet:
         settings = self.settings
         runtime_env = dict(self._actor_options.get("runtime_env", {}))
         runtime_env["env_vars"] = {
-            **internals.environment(threads=settings.threads),
+            **internals.environment(threads=settings.compute_threads),
             **runtime_env.get("env_vars", {}),
         }
         options = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 
 from pydantic import Field
@@ -55,11 +56,17 @@ class RolloutSettings(Settings):
     forward pass over prompts, and four sequences of vLLM's own, come on top."""
     block_size: int = Field(32, ge=16, multiple_of=16)
     """Tokens per block of the KV cache; on CPU a multiple of 32."""
-    threads: int = Field(1, ge=1)
-    """Computing threads per engine (CPU)."""
+    threads: int = Field(0, ge=0)
+    """Computing threads per engine (CPU); 0 shares the host's cores among the engines, and with the learners where both
+    work at once."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per engine: 0 on CPU; below 1 shares a GPU between engines."""
     start_deadline_s: float = Field(300.0, gt=0)
     """Seconds an engine may take to come up."""
     deadline_s: float = Field(300.0, gt=0)
     """Seconds a shard may take before the engine counts as lost."""
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads of an engine, at least one."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.engines)

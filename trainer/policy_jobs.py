@@ -237,6 +237,7 @@ def summary(run: PolicyRun, loop: RlLoop | SftLoop, reason: str, seconds: float)
         "wall_seconds": seconds,
         "weight_versions": weight_versions(steps),
         "learner": {"backend": "deepspeed", "zero_stage": learner.zero_stage, "ranks": learner.ranks},
+        "threads": run.threads.record(),
     }
     if run.fleet is not None:
         result["engine"] = run.fleet.describe()

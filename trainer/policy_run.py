@@ -36,6 +36,7 @@ from trainer.row_scores import write_row_scores
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
 from trainer.settings import Precision
+from trainer.thread_plan import ThreadPlan, plan_threads
 
 STATE = "state"
 """Folder of the learners' state inside a checkpoint."""
@@ -64,6 +65,8 @@ class PolicyRun:
     """The checkpoint that it begins from; none in a fresh run."""
     hf_dir: Path
     """The initial model."""
+    threads: ThreadPlan
+    """Computing threads of engines and learners; `job` has their numbers."""
     _scored: tuple[int, float] | None = None
     versions: list[int] = dataclasses.field(default_factory=list)
     """Weight versions that became visible, in order."""
@@ -165,6 +168,7 @@ def policy_run(
         RequestError: a checkpoint or model that does not fit, or settings that this machine cannot meet.
         RunError: a part did not come up.
     """
+    job, threads = plan_threads(job)
     store = CheckpointStore(run_dir / "checkpoints", job.checkpoints)
     newest = store.latest()
     state = RunState()
@@ -222,6 +226,7 @@ def policy_run(
             state=state,
             checkpoint=newest,
             hf_dir=hf_dir,
+            threads=threads,
         )
 
 
