@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from data.errors import RequestError
 from data.parquet import digest_arrays, read_table
-from data.records import IntArray, LongArray
+from data.records import FloatArray, IntArray, LongArray
 from data.schema import (
     INTERACTION_SCHEMA,
     INTERACTIONS,
@@ -133,17 +133,26 @@ class Dataset:
         Raises:
             RequestError: part files are missing, damaged or not the ones that were imported.
         """
-        folder = self.path / INTERACTIONS
-        parts = sorted(folder.glob("part-*.parquet"))
-        tables = [read_table(part, INTERACTION_SCHEMA) for part in parts]
-        table = pa.concat_tables(tables) if tables else INTERACTION_SCHEMA.empty_table()
+        table = self._interactions()
         events = Events(
             user_E=_ints(table, "user_id"),
             item_E=_ints(table, "item_id"),
             time_E=_longs(table, "timestamp"),
         )
+        folder = self.path / INTERACTIONS
         self._check_digest("interactions", folder, events.user_E, events.item_E, events.time_E)
         return events
+
+    @cached_property
+    def rating_E(self) -> FloatArray:
+        """Rating of each of `events`, NaN where the source has none."""
+        column = self._interactions()["rating"].combine_chunks()
+        return np.ascontiguousarray(column.to_numpy(zero_copy_only=False), dtype=np.float32)
+
+    def _interactions(self) -> pa.Table:
+        parts = sorted((self.path / INTERACTIONS).glob("part-*.parquet"))
+        tables = [read_table(part, INTERACTION_SCHEMA) for part in parts]
+        return pa.concat_tables(tables) if tables else INTERACTION_SCHEMA.empty_table()
 
     @cached_property
     def _part_E(self) -> npt.NDArray[np.int8]:
