@@ -41,7 +41,7 @@ class OptimiserState:
             self._whole = self._whole_masters(low_precision)
         for flat in self._flat_masters():
             self._adamw.state[flat] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=flat.device),
                 **{key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS},
             }
         if stage in (1, 2):

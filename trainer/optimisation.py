@@ -43,7 +43,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 def adamw(module: nn.Module, settings: LearnerSettings) -> torch.optim.AdamW:
     """AdamW over the decay groups. Its rate is 0 until the first step: DeepSpeed may take dummy steps at start."""
     return torch.optim.AdamW(
-        decay_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, foreach=True
+        decay_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
     )
 
 
