@@ -74,6 +74,16 @@ COMMANDS: dict[str, Command] = {
         summary="time constrained beams against vLLM, transformers and the limit",
         answers=True,
     ),
+    "bench learner": Command(
+        target="launch.bench.learner:learner_command",
+        summary="time learning on trees against rows and the limit",
+        answers=True,
+    ),
+    "bench step": Command(
+        target="launch.bench.step:step_command",
+        summary="time whole RL steps against TRL's GRPOTrainer",
+        answers=True,
+    ),
     "bench sync": Command(
         target="launch.bench.sync:sync_command",
         summary="time a push of the weights against a plain copy",

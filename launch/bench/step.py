@@ -1,0 +1,193 @@
+"""`windlass bench step`: the whole RL step of this system against that of TRL's `GRPOTrainer`.
+
+A step is rollout, reward, objective, update, and the new weights with what generates next. Ours is the loop of a job
+(`trainer.loop.RlLoop`) with its engine, a learner and the weight channel in one process, all checks on. TRL generates
+with transformers in the trained model itself, so it pushes nothing; it samples without a constraint, which is cheaper.
+Same model, prompts, type, threads and number of completions; no reference model on either side.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+import tyro
+
+from data.catalogue import Catalogue
+from data.errors import RequestError
+from data.feed import Feed
+from launch.bench.ceiling import causal_pairs, matmul_ceiling_tflops
+from launch.bench.child import Child, Functions
+from launch.bench.frame import Way, answer, paired
+from launch.bench.models import BenchModel, bench_model
+from launch.bench.settings import BenchSettings
+from launch.bench.step_job import StepBench, prompt_builder, random_samples
+from launch.bench.trl_way import build_trl
+from reward.failures import FailureTracker
+from reward.scoring import RewardScorer
+from rollout import vllm_internals
+from rollout.channel import WeightChannel
+from rollout.peers import LocalPeer
+from rollout.probe import item_probe
+from trainer.initial_model import CATALOGUE
+from trainer.learner_group import LearnerGroup
+from trainer.run_state import RunState
+
+ROWS_PER_PASS: Final = (16, 128)
+"""Rows of a forward pass of TRL that are tried, with all in one; the fastest is what we are compared with."""
+
+
+def step_command(
+    settings: Annotated[StepBench, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
+) -> dict[str, Any]:
+    """Time whole RL steps of this system and of TRL's GRPOTrainer, in turns."""
+    dtype = getattr(torch, settings.dtype.value)
+    with bench_model(settings) as model, ExitStack() as stack:
+        if settings.group > model.catalogue.n_items:
+            raise RequestError("--group", settings.group, f"2 to {model.catalogue.n_items}, the items of the catalogue")
+        ceiling = matmul_ceiling_tflops(dtype, threads=settings.threads, device=settings.device)
+        environment = vllm_internals.environment(threads=settings.threads)
+        rows = settings.prompts * settings.group
+        passes = sorted({count for count in ROWS_PER_PASS if rows % count == 0} | {rows})
+        trials = {count: trial(settings, model, count, environment) for count in passes}
+        fastest = min(passes, key=lambda count: trials[count])
+        children = {
+            "ours": stack.enter_context(Child(build_ours, settings, model.hf_dir, environment=environment)),
+            "trl": stack.enter_context(Child(build_trl, settings, model.hf_dir, fastest, environment=environment)),
+        }
+        ways = {name: _way(child, settings, model) for name, child in children.items()}
+        seconds = paired(ways, settings.repeats)
+        facts = {name: child.call("facts") for name, child in children.items()}
+    expected = {"steps": 1 + settings.repeats, "rows": rows, "tokens_per_row": float(model.levels)}
+    pairs = zip(seconds["trl"], seconds["ours"], strict=True)
+    return answer(
+        settings,
+        ways,
+        seconds,
+        ceiling_tflops=ceiling,
+        checked=all(fact[name] == value for fact in facts.values() for name, value in expected.items()),
+        speedup_vs_trl=statistics.median(theirs / own for theirs, own in pairs),
+        trl_seconds_by_rows_per_pass=trials,
+        check=facts,
+        model=model.record(),
+    )
+
+
+def trial(settings: StepBench, model: BenchModel, rows_per_pass: int, environment: Mapping[str, str]) -> float:
+    """Seconds of the second step of TRL with so many rows in a forward pass."""
+    with Child(build_trl, settings, model.hf_dir, rows_per_pass, environment=environment) as child:
+        step = child.timer("step")
+        step()
+        return step()
+
+
+def _way(child: Child, settings: StepBench, model: BenchModel) -> Way:
+    tokens, flops = step_work(settings, model)
+    return Way(
+        time=child.timer("step"),
+        tokens=tokens,
+        flops=flops,
+        peak_mib=lambda: child.peak_mib("step"),
+        settings=child.call("settings"),
+    )
+
+
+def step_work(settings: BenchSettings, model: BenchModel) -> tuple[int, float]:
+    """Tokens that a step has to compute and its operations: beams once, then trees forward, forward and backward."""
+    prompt, group, steps = settings.prompt_len, settings.group, model.levels - 1
+    tokens = prompt + group * steps
+    forward = model.arithmetic.forward_flops(
+        tokens=tokens,
+        pairs=causal_pairs(prompt) + group * causal_pairs(steps, prompt),
+        head_rows=1 + group * steps,
+    )
+    return settings.prompts * tokens, settings.prompts * forward * 4
+
+
+class _Host:
+    """The surroundings of the loop: a weight channel, and nothing on disk."""
+
+    def __init__(self, channel: WeightChannel) -> None:
+        self._channel = channel
+
+    def push(self, version: int) -> dict[str, float]:
+        """See `trainer.training_loop.Host`."""
+        self._channel.push(version)
+        return {}
+
+    def evaluate(self, step: int) -> None:
+        """A benchmark evaluates nothing."""
+
+    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
+        """A benchmark keeps nothing."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A benchmark logs nothing."""
+
+    def interrupted(self) -> bool:
+        """It runs to its end."""
+        return False
+
+
+def build_ours(settings: StepBench, hf_dir: Path) -> Functions:
+    """The loop of a job, with everything in this process."""
+    from transformers import AutoConfig
+
+    from data.trie_constraint import TrieConstraint
+    from rollout.engine import build_engine
+    from trainer.loop import RlLoop
+
+    catalogue = Catalogue.load(hf_dir / CATALOGUE)
+    job = settings.job(catalogue.trie().depth, AutoConfig.from_pretrained(hf_dir).max_position_embeddings)
+    engine = build_engine(job.rollout, hf_dir)
+    constraint = TrieConstraint(catalogue.trie(), exclude=True)
+    learners = LearnerGroup.local(job.learner, hf_dir, constraint, seed=job.seed, total_steps=1_000_000)
+    channel = WeightChannel(
+        settings=job.weights,
+        source=learners.source,
+        engines={engine.engine_id: LocalPeer(engine.engine_id, engine)},
+        probe=item_probe([catalogue.tokens(item) for item in range(catalogue.n_items)], bos=catalogue.vocabulary.bos),
+        dtype=job.learner.dtype.value,
+    )
+    channel.push(0)
+    builder = prompt_builder(job, catalogue)
+    loop = RlLoop(
+        settings=job,
+        job=job,
+        host=_Host(channel),
+        state=RunState(),
+        feed=Feed(random_samples(settings, catalogue), builder, settings.prompts, settings.seed, fingerprint="bench"),
+        rollouts=engine,
+        rewards=RewardScorer(job.reward, None),
+        learners=learners,
+        tracker=FailureTracker(job.reward),
+        catalogue=catalogue,
+    )
+    last: dict[str, float] = {}
+
+    def step() -> None:
+        last.update(loop.step())
+
+    def facts() -> dict[str, Any]:
+        rows = settings.prompts * settings.group
+        return {
+            "steps": learners.step if engine.weight_version == learners.step else -1,
+            "rows": rows,
+            "tokens_per_row": last["tokens/policy"] / rows,
+            "policy_gap_mean": last["policy_gap/mean"],
+            "phase_seconds": {name: spent / learners.step for name, spent in loop.timer.take().items()},
+        }
+
+    def close() -> None:
+        loop.close()
+        learners.close()
+        engine.close()
+
+    def told() -> dict[str, Any]:
+        return job.model_dump(mode="json", include={"learner", "rollout", "objective", "weights", "policy_gap"})
+
+    return {"step": step, "facts": facts, "settings": told, "close": close}
