@@ -190,10 +190,16 @@ class Catalogue:
         active[np.asarray(items)] = False
         return dataclasses.replace(self, active=active)
 
+    def with_words(self, words: Sequence[str]) -> Catalogue:
+        """The same items in a vocabulary that also has the given words."""
+        return dataclasses.replace(self, vocabulary=self.vocabulary.with_words(words))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over vocabulary, paths, active items, keys and titles."""
         state = hashlib.sha256(repr((FORMAT, self.vocabulary.level_sizes, self.n_items)).encode())
+        if self.vocabulary.further_words:
+            state.update(json.dumps(self.vocabulary.further_words).encode())
         for array in (self.path_values.astype("<i4"), self.path_start.astype("<i8"), self.active):
             state.update(np.ascontiguousarray(array).tobytes())
         state.update(json.dumps([self.item_keys, self.titles]).encode())
@@ -218,6 +224,7 @@ class Catalogue:
             "n_items": self.n_items,
             "n_active": int(self.active.sum()),
             "level_sizes": list(self.vocabulary.level_sizes),
+            "further_words": list(self.vocabulary.further_words),
             "on_collision": self.on_collision.value,
             "provenance": self.provenance,
         }
@@ -236,7 +243,7 @@ class Catalogue:
         paths = table["tokens"].combine_chunks()
         lengths = paths.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         catalogue = Catalogue(
-            vocabulary=Vocabulary([int(size) for size in card["level_sizes"]]),
+            vocabulary=Vocabulary([int(size) for size in card["level_sizes"]], _further_words(folder, card)),
             path_values=paths.flatten().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32),
             path_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             active=table["active"].combine_chunks().fill_null(False).to_numpy(zero_copy_only=False),
@@ -253,6 +260,14 @@ class Catalogue:
 def _times(column: pa.ChunkedArray, missing: int) -> LongArray:
     times: LongArray = column.combine_chunks().fill_null(missing).to_numpy(zero_copy_only=False)
     return times
+
+
+def _further_words(folder: Path, card: dict[str, Any]) -> list[str]:
+    """Words after the codes; folders from before lists have none."""
+    words = card.get("further_words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise RequestError(f"{folder / CARD}: further_words", repr(words), "a list of words")
+    return words
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def trend(rows: GainRows, facts: ItemFacts) -> GainArray:
     """The rating times the item's events in the window before the prompt, relative to the busiest item's."""
     count_N = facts.activity.within(rows.item_N, rows.time_N, rows.window_s)
     most_N = facts.activity.busiest(rows.time_N, rows.window_s)
-    return rows.rating_N * count_N / np.maximum(most_N, 1)
+    gain_N: GainArray = rows.rating_N * count_N / np.maximum(most_N, 1)
+    return gain_N
 
 
 def niche(rows: GainRows, facts: ItemFacts) -> GainArray:

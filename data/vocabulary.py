@@ -1,12 +1,15 @@
-"""The vocabulary: four special tokens, then one token per (level, code), level by level.
+"""The vocabulary: four special tokens, then one token per (level, code), level by level, then further words.
 
-A recommender that is trained from scratch needs no other words, so its vocabulary is exactly what a semantic ID can
-say; every token id means the same in the engine, the learner and the item trie.
+A recommender of single items that is trained from scratch needs no further words, so its vocabulary is exactly what a
+semantic ID can say; every token id means the same in the engine, the learner and the item trie. Ranked lists need
+words for needs and for the parts of a prompt (`list_words`). They come last, so they change no other token's id.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +21,20 @@ from data.records import LongArray
 
 SPECIAL_TOKENS: Final = ("<pad>", "<bos>", "<eos>", "<unk>")
 LEVEL_NAMES: Final = "abcdefghijklmnopqrstuvwxyz"
+CANDIDATES_WORD: Final = "<candidates>"
+"""Separates the need from the candidates in a prompt."""
+LIST_WORD: Final = "<list>"
+"""Begins a list: the last token of the prompt, or of the free text before the list."""
+
+
+def need_word(need: str) -> str:
+    """The word that says a need."""
+    return f"<need:{need}>"
+
+
+def list_words(needs: Sequence[str]) -> tuple[str, ...]:
+    """The further words of a vocabulary for lists; a new need is added last, so that the others keep their ids."""
+    return (CANDIDATES_WORD, LIST_WORD, *(need_word(need) for need in needs))
 
 
 class Vocabulary:
@@ -29,18 +46,49 @@ class Vocabulary:
     """Also the end token of an item whose path is the beginning of another item's path."""
     unk: Final = 3
 
-    def __init__(self, level_sizes: list[int]) -> None:
+    def __init__(self, level_sizes: list[int], further_words: Sequence[str] = ()) -> None:
+        """
+        Args:
+            level_sizes: number of codes of each level.
+            further_words: words after the codes, such as `list_words`; each written `<...>`.
+
+        Raises:
+            RequestError: no level, a level without codes, or a word that is malformed or there already.
+        """
         if not 1 <= len(level_sizes) <= len(LEVEL_NAMES):
             raise RequestError("codes: levels", len(level_sizes), f"1 to {len(LEVEL_NAMES)}")
         if min(level_sizes) < 1:
             raise RequestError("codes: codes per level", level_sizes, "at least 1 at every level")
         self.level_sizes = tuple(int(size) for size in level_sizes)
         self.level_offsets: LongArray = len(SPECIAL_TOKENS) + np.cumsum([0, *self.level_sizes], dtype=np.int64)
+        self.further_words = tuple(further_words)
+        odd = [word for word in self.further_words if not re.fullmatch(r"<[^<>\s]+>", word)]
+        if odd or len({*SPECIAL_TOKENS, *self.further_words}) < len(SPECIAL_TOKENS) + len(self.further_words):
+            found = ", ".join(odd or self.further_words)
+            raise RequestError("vocabulary: further words", found, "different words of the form <name>")
+        if any(re.fullmatch(r"<[a-z]_\d+>", word) for word in self.further_words):
+            raise RequestError("vocabulary: further words", ", ".join(self.further_words), "words that are no codes")
 
     @property
     def size(self) -> int:
         """Number of tokens, the least number of rows of an embedding."""
-        return int(self.level_offsets[-1])
+        return int(self.level_offsets[-1]) + len(self.further_words)
+
+    def with_words(self, words: Sequence[str]) -> Vocabulary:
+        """The vocabulary with those of the words that it does not have, after all others."""
+        new = [word for word in words if word not in self.further_words]
+        return Vocabulary(list(self.level_sizes), [*self.further_words, *new])
+
+    def word_token(self, word: str) -> int:
+        """Token id of one of the further words.
+
+        Raises:
+            RequestError: the vocabulary does not have it.
+        """
+        if word not in self.further_words:
+            legal = ", ".join(self.further_words) or "none: the model was not made for lists"
+            raise RequestError("vocabulary: word", word, legal)
+        return int(self.level_offsets[-1]) + self.further_words.index(word)
 
     @property
     def levels(self) -> int:
@@ -75,7 +123,7 @@ class Vocabulary:
         codes = [
             f"<{LEVEL_NAMES[level]}_{code}>" for level, size in enumerate(self.level_sizes) for code in range(size)
         ]
-        return [*SPECIAL_TOKENS, *codes]
+        return [*SPECIAL_TOKENS, *codes, *self.further_words]
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write a tokenizer that `AutoTokenizer.from_pretrained(folder)` loads, with the same token ids.
@@ -102,10 +150,14 @@ class Vocabulary:
         config_path.write_text(json.dumps(config, indent=2) + "\n")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.level_sizes == other.level_sizes
+        return isinstance(other, Vocabulary) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self.level_sizes)
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        return self.level_sizes, self.further_words
 
     def __repr__(self) -> str:
         return f"Vocabulary(level_sizes={list(self.level_sizes)}, size={self.size})"

@@ -78,6 +78,26 @@ def test_a_damaged_card_is_refused(tmp_path: Path, key: str, value: object, mess
         Catalogue.load(tmp_path)
 
 
+def test_further_words_travel_with_the_catalogue(tmp_path: Path) -> None:
+    """And a catalogue without them keeps the digest that existing checkpoints have."""
+    plain = Catalogue.from_codes(PATHS)
+    assert plain.digest == "d88b3e64a58d8135805b620db1ea868a3615eeb0fc63f69ae7ae7691831b7676"
+    wide = plain.with_words(["<list>"])
+    assert wide.digest != plain.digest
+    assert wide.tokens(1).tolist() == plain.tokens(1).tolist()
+    wide.save(tmp_path)
+    assert Catalogue.load(tmp_path).vocabulary.word_token("<list>") == plain.vocabulary.size
+    card = json.loads((tmp_path / "catalogue.json").read_text())
+    (tmp_path / "catalogue.json").write_text(json.dumps({**card, "further_words": "<list>"}))
+    with pytest.raises(RequestError, match="further_words"):
+        Catalogue.load(tmp_path)
+    plain.save(tmp_path)
+    card = json.loads((tmp_path / "catalogue.json").read_text())
+    del card["further_words"]
+    (tmp_path / "catalogue.json").write_text(json.dumps(card))
+    assert Catalogue.load(tmp_path).digest == plain.digest
+
+
 def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such folder"):
         Catalogue.load(tmp_path / "none")
