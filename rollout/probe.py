@@ -33,6 +33,10 @@ class Gap:
     max: float
     tokens: int = 0
 
+    def within(self, limit: Gap) -> bool:
+        """Whether neither mean nor maximum is above the limit; a gap that is not a number never is."""
+        return self.mean <= limit.mean and self.max <= limit.max
+
     def __str__(self) -> str:
         return f"mean {self.mean:.2e}, max {self.max:.2e} over {self.tokens} tokens"
 
@@ -142,8 +146,7 @@ def check_gap(gap: Gap, limit: Gap, what: str) -> None:
     Raises:
         GapAlarm: names `what`, the gap and the limit.
     """
-    within = gap.mean <= limit.mean and gap.max <= limit.max
-    if not within or not gap.tokens:
+    if not gap.within(limit) or not gap.tokens:
         raise GapAlarm(
             f"{what}: engine and learner differ by {gap}; allowed are mean {limit.mean:.2e}, max {limit.max:.2e}. "
             "The engine does not hold the learner's weights, or computes another policy."

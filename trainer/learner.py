@@ -8,7 +8,7 @@ results for that share; `learner_group` joins them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from trainer.legal import LegalTable, replay
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
 from trainer.optimisation import adamw, clips_itself, learning_rate
-from trainer.policy import Policy, full_log_probabilities, load_language_model, token_scores
+from trainer.policy import Float32Twin, Policy, full_log_probabilities, load_language_model, token_scores
 from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
 from trainer.settings import LearnerSettings, Precision
 from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, lay_out, sequence_pieces
@@ -91,6 +91,7 @@ class Learner:
         join_ranks(settings, self.place)
         lm = load_language_model(self.hf_dir, torch.float32)
         self._lm = lm
+        self._twin = Float32Twin(lm)
         self._describe = describe_module(lm, str(self._dtype).removeprefix("torch."))
         self._shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
         if settings.activation_checkpointing:
@@ -149,29 +150,26 @@ class Learner:
             return ScoreOutputs(**outputs, ref_logp_PGT=reference["logp_PGT"])
         return ScoreOutputs(**outputs)
 
-    def noise(self, completions: Completions, temperature: float) -> dict[str, float]:
-        """The learner's own gap to float32 on its share: sum, max and count of |difference| of `logp` per token."""
-        batches, table = self._share(completions)
-        own = self._score_with(self._engine, batches, table, completions.shape, temperature)
-        exact = self._score_with(self._float32_twin(), batches, table, completions.shape, temperature)
-        gap_PGT = np.abs(own["logp_PGT"].astype(np.float64) - exact["logp_PGT"])
-        return {
-            "sum": float(gap_PGT.sum()),
-            "max": float(gap_PGT.max(initial=0)),
-            "count": float(own["legal_PGT"].sum()),
-        }
+    def noise(self, completions: Completions, temperature: float, logp_PGT: FloatArray) -> dict[str, float]:
+        """The learner's own gap to float32 on its share: sum, max and count of |difference| of `logp` per token.
 
-    def _float32_twin(self) -> Policy:
-        """A whole copy in float32 of the weights as the forward pass sees them."""
-        twin = load_language_model(self.hf_dir, torch.float32).to(self._device)
-        parameters = dict(twin.named_parameters())
-        with torch.no_grad():
-            for name, value in self.whole_parameters():
-                parameters[name].copy_(value)
-        return Policy(twin.eval().requires_grad_(False))
+        Args:
+            completions: what was scored.
+            temperature: as it was scored.
+            logp_PGT: of `score`, by the present weights.
+        """
+        batches, table = self._share(completions)
+        exact = self._score_with(self._exact(), batches, table, completions.shape, temperature)
+        legal_PGT = exact["legal_PGT"]
+        gap_X = np.abs(logp_PGT[legal_PGT].astype(np.float64) - exact["logp_PGT"][legal_PGT])
+        return {"sum": float(gap_X.sum()), "max": float(gap_X.max(initial=0)), "count": float(gap_X.size)}
+
+    def _exact(self) -> Callable[[TreeBatch], Tensor]:
+        """The policy in float32, with a copy of the weights as the forward pass sees them. A collective."""
+        return self._twin.holding(self.whole_parameters(), self._device)
 
     def _share(self, completions: Completions) -> tuple[list[TreeBatch], LegalTable]:
-        pieces = completion_pieces(completions, self.settings.row_tokens)
+        pieces = completion_pieces(completions, self.settings.row_tokens, self.settings.token_budget)
         batches = self._deal(pieces)
         _, members, width = completions.shape
         slots = np.concatenate([np.zeros(0, dtype=np.int64), *(batch.slot_K.numpy() for batch in batches)])
@@ -181,8 +179,7 @@ class Learner:
     def _deal(self, pieces: Sequence[Piece]) -> list[TreeBatch]:
         return micro_batches(
             pieces,
-            row_tokens=self.settings.row_tokens,
-            rows=self.settings.rows,
+            token_budget=self.settings.token_budget,
             rank=self.place.rank,
             ranks=self.place.ranks,
         )
@@ -190,7 +187,7 @@ class Learner:
     @torch.no_grad()
     def _score_with(
         self,
-        policy: nn.Module,
+        policy: Callable[[TreeBatch], Tensor],
         batches: Sequence[TreeBatch],
         table: LegalTable,
         shape: tuple[int, int, int],
@@ -352,22 +349,18 @@ class Learner:
         logp = self._score_probe(self._engine, probe)
         noise = None
         if self.settings.dtype is not Precision.FLOAT32:
-            noise = probe_gap(logp, self._score_probe(self._float32_twin(), probe))
+            noise = probe_gap(logp, self._score_probe(self._exact(), probe))
         return ProbeAnswer(logp=tuple(logp), noise=noise)
 
     @torch.no_grad()
-    def _score_probe(self, policy: nn.Module, probe: Probe) -> list[FloatArray]:
-        rows = [
-            (np.concatenate([prompt, completion]), np.arange(len(prompt) + len(completion)) >= len(prompt))
-            for prompt, completion in zip(probe.prompts, probe.completions, strict=True)
-        ]
-        longest = max(len(tokens) for tokens, _ in rows)
-        width = -(-longest // 16) * 16
-        scores: list[FloatArray] = []
-        for piece in sequence_pieces(rows, width):
-            batch = lay_out([[piece]], width).to(self._device)
-            scores.append(full_log_probabilities(policy(batch), batch).cpu().numpy())
-        return scores
+    def _score_probe(self, policy: Callable[[TreeBatch], Tensor], probe: Probe) -> list[FloatArray]:
+        completions = Completions.of_sequences(probe.prompts, probe.completions)
+        longest = max(len(prompt) for prompt in probe.prompts) + completions.shape[2]
+        batch = lay_out(completion_pieces(completions, longest)).to(self._device)
+        logp_PGT = np.zeros(completions.shape, dtype=np.float32)
+        logp_PGT.reshape(-1)[batch.slot_K.cpu().numpy()] = full_log_probabilities(policy(batch), batch).cpu().numpy()
+        lengths = completions.length_PG[completions.valid_PG]
+        return [logp_T[:length] for logp_T, length in zip(logp_PGT[completions.valid_PG], lengths, strict=True)]
 
     # -- disk
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from data.constraint import Constraint
 from data.errors import RequestError, RunError
+from data.records import FloatArray
 from data.trie import ItemTrie
 from data.trie_constraint import TrieConstraint
 from rollout.movers import Endpoint, MoverRequest
@@ -199,9 +200,15 @@ class LearnerGroup:
         parts = self._all("score", completions, temperature)
         return _joined_scores(parts)
 
-    def noise(self, completions: Completions, temperature: float) -> dict[str, float]:
-        """The learner's own gap to float32 per completion token: {mean, max}; 0 for a float32 learner."""
-        parts = self._all("noise", completions, temperature)
+    def noise(self, completions: Completions, temperature: float, logp_PGT: FloatArray) -> dict[str, float]:
+        """The learner's own gap to float32 per completion token: {mean, max}; 0 for a float32 learner.
+
+        Args:
+            completions: what was scored.
+            temperature: as it was scored.
+            logp_PGT: of `score`, by the present weights.
+        """
+        parts = self._all("noise", completions, temperature, logp_PGT)
         count = max(sum(part["count"] for part in parts), 1.0)
         return {"mean": sum(part["sum"] for part in parts) / count, "max": max(part["max"] for part in parts)}
 

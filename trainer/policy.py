@@ -9,18 +9,23 @@ Suffixes: `_U` head positions, `_V` vocabulary, `_K` target tokens, `_C` padded 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.constraint import LegalSets, legal_log_softmax
 from data.errors import RequestError
 from trainer.tempering import token_certainty
-from trainer.trees import TreeBatch, attention_mask
+from trainer.tree_attention import ATTENTION
+from trainer.trees import TreeBatch, lay_out, sequence_pieces
 
 _HEAD_TOLERANCE = 1e-3
 
@@ -34,16 +39,40 @@ class Policy(nn.Module):
 
     def forward(self, batch: TreeBatch) -> Tensor:
         """Logits `[U, V]` in the data type of the model."""
-        body = self.lm.base_model
-        hidden_RNH = body(
-            input_ids=batch.token_RN,
-            position_ids=batch.position_RN,
-            attention_mask=attention_mask(batch),
-            use_cache=False,
-        ).last_hidden_state
-        hidden_UH = hidden_RNH.reshape(-1, hidden_RNH.shape[-1])[batch.head_U]
-        logits_UV: Tensor = self.lm.get_output_embeddings()(hidden_UH)
+        hidden_1NH = self.lm.base_model(**_inputs(batch)).last_hidden_state
+        logits_UV: Tensor = self.lm.get_output_embeddings()(hidden_1NH[0, batch.head_U])
         return logits_UV
+
+
+def _inputs(batch: TreeBatch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.token_N[None],
+        "position_ids": batch.position_N[None],
+        "use_cache": False,
+        "tree_layout": batch.blocks,
+    }
+
+
+class Float32Twin:
+    """A policy of the same shape that computes in float32 with weights it is given, and holds none itself."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        weightless: dict[int, Any] = {
+            id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            for parameter in lm.parameters()
+        }
+        self._policy = Policy(copy.deepcopy(lm, weightless)).eval()
+
+    def holding(self, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> Callable[[TreeBatch], Tensor]:
+        """The policy with copies of the named weights of `lm`, tied ones once; shares what is float32 already."""
+        tensors = {f"lm.{name}": value.float() for name, value in weights}
+        tensors |= {name: buffer.to(device) for name, buffer in self._policy.named_buffers()}
+
+        def forward(batch: TreeBatch) -> Tensor:
+            logits_UV: Tensor = functional_call(self._policy, tensors, (batch,))
+            return logits_UV
+
+        return forward
 
 
 class TokenScores(NamedTuple):
@@ -112,19 +141,26 @@ def token_scores(
 
 
 def load_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model for training: SDPA attention, no dropout.
+    """Load a causal language model for training: attention of `trainer.tree_attention`, no dropout.
 
     Dropout is off because the ratio between two passes over the same tokens must be the policy's alone.
 
     Raises:
-        RequestError: the folder holds no model, or its logits are more than a head on the last hidden state.
+        RequestError: the folder holds no model, its attention cannot be replaced, or its logits are more than a head
+            on the last hidden state.
     """
     if not (folder / "config.json").is_file():
         raise RequestError("model", f"{folder} without config.json", "a folder that transformers can load")
     transformers.utils.logging.disable_progress_bar()
     lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        str(folder), dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
     )
+    if not lm.is_backend_compatible():
+        raise RequestError(
+            "model",
+            f"{type(lm).__name__}, whose attention transformers cannot replace",
+            "a model that supports attention backends, such as Llama, Mistral, Qwen2 or Qwen3",
+        )
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -144,11 +180,12 @@ def _disable_attention_dropout(lm: PreTrainedModel) -> None:
 
 def _check_head(lm: PreTrainedModel) -> None:
     """Refuse models that scale or cap their logits behind the head: the gathered head would not be their policy."""
-    token_1N = torch.tensor([[0, min(1, lm.config.get_text_config().vocab_size - 1)]])
+    tokens = np.array([0, min(1, lm.config.get_text_config().vocab_size - 1), 0], dtype=np.int32)
+    batch = lay_out(sequence_pieces([(tokens, np.array([False, True, True]))], len(tokens)))
     with torch.no_grad():
-        whole = lm(input_ids=token_1N, use_cache=False).logits.float()
-        gathered = lm.get_output_embeddings()(lm.base_model(input_ids=token_1N, use_cache=False).last_hidden_state)
-    gap = float((whole - gathered.float()).abs().max())
+        whole = lm(**_inputs(batch)).logits[0, batch.head_U].float()
+        gathered = Policy(lm)(batch).float()
+    gap = float((whole - gathered).abs().max())
     if gap > _HEAD_TOLERANCE * max(1.0, float(whole.abs().max())):
         raise RequestError(
             "model",

@@ -160,5 +160,6 @@ class PolicyGapSettings(Settings):
     """Largest mean absolute gap per completion token; none means 1e-4 in float32 and noise_factor x noise in bf16."""
     noise_factor: float = Field(2.0, ge=1.0)
     """In bf16: multiple of the learner's own bf16-to-float32 gap."""
-    noise_every: int = Field(1, ge=1)
-    """In bf16: steps between two measurements of the learner's own gap, which costs a forward pass in float32."""
+    noise_every: int = Field(10, ge=1)
+    """In bf16: steps between two measurements of the learner's own gap, which costs a forward pass in float32. A batch
+    above the limit is measured itself before the alarm sounds."""

@@ -45,9 +45,10 @@ class LearnerSettings(Settings):
     device: Device = Device.AUTO
     """`auto` takes CUDA when the machine has it."""
     row_tokens: int = Field(512, ge=16, multiple_of=16)
-    """Length of a packed row; attention costs grow with its square. The longest prompt with one completion must fit."""
+    """Longest row: a prompt with one completion, or a training sequence."""
     token_budget: int = Field(4096, ge=16)
-    """Tokens of a micro-batch (rows times row_tokens); at least one row is taken."""
+    """Tokens of a micro-batch, `row_tokens` or more. Prompts with their completions are packed into it; a group that
+    is larger is split and pays for its prompt again."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
@@ -83,8 +84,3 @@ class LearnerSettings(Settings):
                 f"legal: {self.row_tokens} or more"
             )
         return self
-
-    @property
-    def rows(self) -> int:
-        """Rows of a micro-batch."""
-        return self.token_budget // self.row_tokens

@@ -1,14 +1,14 @@
-"""Tree batches: a prompt once, its completions as branches, several trees packed per row.
+"""Tree batches: a prompt once, its completions as branches, trees packed one behind the other.
 
 A branch continues its prompt: its positions restart behind the prompt, and its tokens see the prompt and their own
 branch only. Position t of a branch predicts token t+1 of the completion and the last prompt position predicts every
 first token, so the last token of a completion is never an input, and the hidden states that the head needs are one
 contiguous stretch of each tree. Sequences for supervised training are trees without branches.
 
-`attention_mask` is the only place that turns trees into an attention pattern.
+`trainer.tree_blocks` turns trees into an attention pattern.
 
-Suffixes: `_R` rows, `_N` row positions, `_U` positions whose hidden state goes through the head, `_K` target tokens,
-`_P`, `_G`, `_T` as in `data.records`.
+Suffixes: `_N` flat positions, `_U` positions whose hidden state goes through the head, `_K` target tokens, `_P`, `_G`,
+`_T` as in `data.records`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Self
 
 import numpy as np
@@ -25,9 +26,12 @@ from torch import Tensor
 
 from data.errors import RequestError
 from data.records import BoolArray, Groups, IntArray, LongArray, Prompt
+from trainer.tree_blocks import TreeBlock, tree_blocks
 
 HEAD_MULTIPLE = 64
 """Head positions are padded to a multiple of this: rows of a small float32 product differ with its height."""
+TOKEN_MULTIPLE = 16
+"""So are the tokens of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,28 @@ class Completions:
             exclusions=[prompt.exclusions for prompt in prompts],
         )
 
+    @staticmethod
+    def of_sequences(prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> Completions:
+        """Pairs of a prompt and a completion; neighbours with equal prompts are a group."""
+        pairs = zip(prompts, completions, strict=True)
+        runs = [
+            (np.array(prompt), [c for _, c in run]) for prompt, run in groupby(pairs, lambda pair: pair[0].tolist())
+        ]
+        members, width = max(len(run) for _, run in runs), max(map(len, completions))
+        token_PGT = np.full((len(runs), members, width), -1, dtype=np.int32)
+        length_PG = np.zeros((len(runs), members), dtype=np.int32)
+        for row, (_, run) in enumerate(runs):
+            for member, completion in enumerate(run):
+                token_PGT[row, member, : len(completion)] = completion
+                length_PG[row, member] = len(completion)
+        return Completions(
+            prompt_tokens=[prompt.astype(np.int32) for prompt, _ in runs],
+            token_PGT=token_PGT,
+            length_PG=length_PG,
+            valid_PG=length_PG > 0,
+            exclusions=[np.zeros(0, dtype=np.int32)] * len(runs),
+        )
+
     def with_members(self, token_PGT: IntArray, length_PG: IntArray) -> Completions:
         """Further members behind the others (a ground truth, an anchor, negatives); length 0 leaves one absent."""
         prompts, members, width = self.shape
@@ -94,7 +120,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tree before it is laid into a row."""
+    """One tree before it is laid into a micro-batch."""
 
     token_N: IntArray
     position_N: IntArray
@@ -112,21 +138,39 @@ class Piece:
 
     @property
     def cost(self) -> int:
-        """Row positions taken."""
+        """Positions taken."""
         return len(self.token_N)
+
+    @property
+    def trunk(self) -> int:
+        """Positions of the prompt, or of the whole sequence."""
+        return int(np.count_nonzero(self.branch_N == 0))
+
+
+_NOTHING: LongArray = np.zeros(0, dtype=np.int64)
+FILLER = Piece(
+    token_N=np.zeros(1, dtype=np.int32),
+    position_N=np.zeros(1, dtype=np.int32),
+    branch_N=np.zeros(1, dtype=np.int32),
+    head_U=_NOTHING,
+    source_K=_NOTHING,
+    target_K=_NOTHING,
+    slot_K=_NOTHING,
+    unit_K=_NOTHING,
+)
+"""A tree that learns nothing; every parameter has a gradient, of zero."""
 
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """A micro-batch of packed rows, as tensors."""
+    """A micro-batch of packed trees, as tensors."""
 
-    token_RN: Tensor
-    position_RN: Tensor
-    tree_RN: Tensor
-    """Number of the tree within its row, -1 on padding."""
-    branch_RN: Tensor
+    token_N: Tensor
+    position_N: Tensor
+    blocks: tuple[TreeBlock, ...]
+    """Which positions see which; positions behind the last block are padding."""
     head_U: Tensor
-    """Flat positions (`r * N + n`), padded with 0."""
+    """Flat positions, padded with 0."""
     heads: int
     """How many of `head_U` are real."""
     source_K: Tensor
@@ -137,22 +181,29 @@ class TreeBatch:
     def to(self, device: torch.device) -> TreeBatch:
         """A copy on `device`."""
         moved: dict[str, Any] = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
+            field.name: value.to(device)
             for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return TreeBatch(**moved)
+        return dataclasses.replace(self, **moved, blocks=tuple(block.to(device) for block in self.blocks))
 
     @property
     def tokens(self) -> int:
         """Positions that are not padding."""
-        return int((self.tree_RN >= 0).sum())
+        return self.blocks[-1].stop
 
 
-def completion_pieces(completions: Completions, row_tokens: int) -> list[Piece]:
-    """One tree per prompt, or several where a group does not fit into one row.
+def completion_pieces(completions: Completions, row_tokens: int, tree_tokens: int | None = None) -> list[Piece]:
+    """One tree per prompt, or several where a group is too large for one.
+
+    Args:
+        completions: the groups.
+        row_tokens: longest prompt with one completion that is accepted.
+        tree_tokens: longest tree, `row_tokens` or more; larger groups are split and pay for their prompt again. None
+            splits nothing.
 
     Raises:
-        RequestError: a prompt with one completion is longer than a row, or a prompt has no tokens.
+        RequestError: a prompt with one completion is longer than `row_tokens`, or a prompt has no tokens.
     """
     _, members, width = completions.shape
     pieces = []
@@ -171,8 +222,10 @@ def completion_pieces(completions: Completions, row_tokens: int) -> list[Piece]:
             )
         first = 0
         while first < len(present):
-            fit = np.searchsorted(np.cumsum(inputs[first:]), row_tokens - len(prompt_N), side="right")
-            chosen = present[first : first + int(fit)]
+            fit = len(present)
+            if tree_tokens is not None:
+                fit = int(np.searchsorted(np.cumsum(inputs[first:]), tree_tokens - len(prompt_N), side="right"))
+            chosen = present[first : first + fit]
             pieces.append(
                 _tree(prompt_N, completions.token_PGT[row], completions.length_PG[row], chosen, row * members, width)
             )
@@ -243,87 +296,56 @@ def sequence_pieces(rows: Sequence[tuple[IntArray, BoolArray]], row_tokens: int)
     return pieces
 
 
-def pack_rows(costs: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of the pieces per row: best fit, longest first, ties in the given order; deterministic."""
-    rows: list[list[int]] = []
+def pack(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of the pieces per micro-batch: best fit, longest first, ties in the given order; deterministic."""
+    bins: list[list[int]] = []
     free: list[tuple[int, int]] = []
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         place = bisect.bisect_left(free, (costs[index], -1))
         if place == len(free):
-            rows.append([index])
-            bisect.insort(free, (row_tokens - costs[index], len(rows) - 1))
+            bins.append([index])
+            bisect.insort(free, (budget - costs[index], len(bins) - 1))
         else:
-            space, row = free.pop(place)
-            rows[row].append(index)
-            bisect.insort(free, (space - costs[index], row))
-    return rows
+            space, chosen = free.pop(place)
+            bins[chosen].append(index)
+            bisect.insort(free, (space - costs[index], chosen))
+    return bins
 
 
-def deal_rows(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of the rows per rank, so that the dearest share is cheap and the counts differ by at most one.
+def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of the pieces per rank: the rank with the least cost takes the next dearest piece.
 
-    Counts come first, because every rank computes whole rows; then the rank with the least cost takes the next
-    dearest row.
+    No two ranks differ by more than the dearest piece.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (len(shares[r]), loads[r], r))
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
         shares[rank].append(index)
         loads[rank] += costs[index]
     return shares
 
 
-def lay_out(rows: Sequence[Sequence[Piece]], row_tokens: int) -> TreeBatch:
-    """A micro-batch with one packed row per entry, padded to `row_tokens`; an entry may be empty."""
-    token_RN = np.zeros((len(rows), row_tokens), dtype=np.int64)
-    position_RN = np.zeros_like(token_RN)
-    tree_RN = np.full_like(token_RN, -1)
-    branch_RN = np.zeros_like(token_RN)
-    heads: list[LongArray] = []
-    sources: list[LongArray] = []
-    count = 0
-    for row, pieces in enumerate(rows):
-        end = 0
-        for tree, piece in enumerate(pieces):
-            span = slice(end, end + piece.cost)
-            token_RN[row, span] = piece.token_N
-            position_RN[row, span] = piece.position_N
-            tree_RN[row, span] = tree
-            branch_RN[row, span] = piece.branch_N
-            heads.append(row * row_tokens + end + piece.head_U)
-            sources.append(count + piece.source_K)
-            count += len(piece.head_U)
-            end += piece.cost
-    flat = [piece for pieces in rows for piece in pieces]
-    padding = max(-count % HEAD_MULTIPLE, HEAD_MULTIPLE if count == 0 else 0)
+def lay_out(pieces: Sequence[Piece]) -> TreeBatch:
+    """A micro-batch of the trees, at least one, longest trunk first."""
+    ordered = sorted(pieces, key=lambda piece: -piece.trunk)
+    start_S = np.cumsum([0, *(piece.cost for piece in ordered)])
+    count_S = np.cumsum([0, *(len(piece.head_U) for piece in ordered)])
+    tokens, heads = int(start_S[-1]), int(count_S[-1])
+    filler = np.zeros(-tokens % TOKEN_MULTIPLE, dtype=np.int64)
+    padding = np.zeros(max(-heads % HEAD_MULTIPLE, HEAD_MULTIPLE - heads), dtype=np.int64)
     return TreeBatch(
-        token_RN=torch.from_numpy(token_RN),
-        position_RN=torch.from_numpy(position_RN),
-        tree_RN=torch.from_numpy(tree_RN),
-        branch_RN=torch.from_numpy(branch_RN),
-        head_U=_joined([*heads, np.zeros(padding, dtype=np.int64)]),
-        heads=count,
-        source_K=_joined(sources),
-        target_K=_joined([piece.target_K for piece in flat]),
-        slot_K=_joined([piece.slot_K for piece in flat]),
-        unit_K=_joined([piece.unit_K for piece in flat]),
+        token_N=_joined([*(piece.token_N for piece in ordered), filler]),
+        position_N=_joined([*(piece.position_N for piece in ordered), filler]),
+        blocks=tree_blocks([(piece.position_N, piece.branch_N) for piece in ordered]),
+        head_U=_joined([*(start + piece.head_U for start, piece in zip(start_S, ordered, strict=False)), padding]),
+        heads=heads,
+        source_K=_joined([count + piece.source_K for count, piece in zip(count_S, ordered, strict=False)]),
+        target_K=_joined([piece.target_K for piece in ordered]),
+        slot_K=_joined([piece.slot_K for piece in ordered]),
+        unit_K=_joined([piece.unit_K for piece in ordered]),
     )
 
 
-def _joined(parts: Sequence[LongArray]) -> Tensor:
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
-
-
-def attention_mask(batch: TreeBatch) -> Tensor:
-    """Bool `[R, 1, N, N]`, true where a position (third axis) sees another (last axis).
-
-    Padding sees itself, so that no softmax is empty. Dense, for the SDPA attention of torch.
-    """
-    positions = torch.arange(batch.token_RN.shape[1], device=batch.token_RN.device)
-    tree_R1N, branch_R1N = batch.tree_RN[:, None], batch.branch_RN[:, None]
-    tree_RN1, branch_RN1 = batch.tree_RN[..., None], batch.branch_RN[..., None]
-    seen_RNN = (tree_RN1 == tree_R1N) & (tree_RN1 >= 0) & ((branch_R1N == 0) | (branch_R1N == branch_RN1))
-    seen_RNN &= positions[:, None] >= positions
-    seen_RNN |= positions[:, None] == positions
-    return seen_RNN[:, None]

@@ -16,8 +16,9 @@ from tests.requirements import require
 from tests.trainer.learner_world import make_completions, make_constraint, save_model
 from trainer.dropout import BranchDropout
 from trainer.learner_group import LearnerGroup
-from trainer.policy import load_language_model
+from trainer.policy import Policy, load_language_model
 from trainer.settings import LearnerSettings
+from trainer.trees import lay_out, sequence_pieces
 
 ROWS = [(np.arange(4, 24, dtype=np.int32), np.arange(20) > 0), (np.arange(9, 40, dtype=np.int32), np.arange(31) > 4)]
 
@@ -30,15 +31,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hooks_follow_seed_step_and_rank(model: Path) -> None:
     lm = load_language_model(model, torch.float32)
     dropout = BranchDropout(lm, 0.3)
-    token = torch.arange(4, 20)[None]
+    policy = Policy(lm)
+    batch = lay_out(sequence_pieces([(np.arange(4, 20, dtype=np.int32), np.ones(16, dtype=np.bool_))], 16))
 
     def logits(seed: int, step: int, rank: int) -> torch.Tensor:
         with torch.no_grad(), dropout.applied(seed, step, rank, []):
-            found: torch.Tensor = lm(input_ids=token).logits
+            found: torch.Tensor = policy(batch)
             return found
 
     with torch.no_grad():
-        plain = lm(input_ids=token).logits
+        plain = policy(batch)
     outside = torch.get_rng_state()
     first = logits(1, 5, 0)
     assert torch.equal(first, logits(1, 5, 0))
@@ -46,7 +48,7 @@ def test_hooks_follow_seed_step_and_rank(model: Path) -> None:
         assert not torch.equal(first, logits(*other))
     assert not torch.equal(first, plain)
     with torch.no_grad():
-        assert torch.equal(plain, lm(input_ids=token).logits)
+        assert torch.equal(plain, policy(batch))
     assert torch.equal(outside, torch.get_rng_state())
 
 

@@ -1,8 +1,9 @@
 """Contract: packed trees give the scores, loss and gradients of one plain forward per completion.
 
 The oracle runs the Hugging Face model on each prompt + completion alone and takes legal sets from the list of item
-paths. Also: packing is a partition that respects the row length, dealing is even, a group that is longer than a row is
-split, sequences are block-diagonal. Not here: DeepSpeed, ranks, bf16 (test_learner.py).
+paths. Also: packing is a partition that respects the budget, dealing is even, a group that is longer than the budget
+is split, sequences are learned as if alone. Not here: the attention by itself (test_tree_attention.py), DeepSpeed,
+ranks, bf16 (test_learner.py).
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from tests.trainer.learner_world import (
 )
 from trainer.legal import replay
 from trainer.losses import token_inputs, token_loss
+from trainer.micro_batches import micro_batches
 from trainer.objective_settings import Ratio
 from trainer.policy import Policy, load_language_model, token_scores
 from trainer.trees import (
+    FILLER,
     Completions,
     TreeBatch,
-    attention_mask,
     completion_pieces,
-    deal_rows,
+    deal,
     lay_out,
-    pack_rows,
+    pack,
     sequence_pieces,
 )
 
@@ -47,17 +49,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def packed(completions: Completions, row_tokens: int) -> TreeBatch:
-    pieces = completion_pieces(completions, row_tokens)
-    rows = pack_rows([piece.cost for piece in pieces], row_tokens)
-    return lay_out([[pieces[i] for i in row] for row in rows], row_tokens)
+def packed(completions: Completions, tree_tokens: int | None = None) -> TreeBatch:
+    return lay_out(completion_pieces(completions, 64, tree_tokens))
 
 
-@pytest.mark.parametrize("row_tokens", [32, 48, 256])
-def test_scores_equal_plain_forwards(model: Path, row_tokens: int) -> None:
+@pytest.mark.parametrize("tree_tokens", [24, 32, None])
+def test_scores_equal_plain_forwards(model: Path, tree_tokens: int | None) -> None:
     completions = make_completions()
     policy = Policy(load_language_model(model, torch.float32))
-    batch = packed(completions, row_tokens)
+    batch = packed(completions, tree_tokens)
     table = replay(make_constraint(), completions, range(completions.shape[0]))
     with torch.no_grad():
         scores = token_scores(policy(batch), batch, table.sets(batch), 0.7)
@@ -75,7 +75,7 @@ def test_scores_equal_plain_forwards(model: Path, row_tokens: int) -> None:
 def test_certainty_and_entropy_are_those_of_the_legal_set(model: Path) -> None:
     completions = make_completions()
     policy = Policy(load_language_model(model, torch.float32))
-    batch = packed(completions, 64)
+    batch = packed(completions)
     table = replay(make_constraint(), completions, range(completions.shape[0]))
     logits_UV = policy(batch)
     scores = token_scores(logits_UV, batch, table.sets(batch), 0.7, entropy_gradient=True)
@@ -98,7 +98,7 @@ def test_gradient_of_trees_equals_that_of_rows(model: Path, ratio: Ratio) -> Non
     completions = make_completions()
     inputs = make_inputs(completions, ratio)
     policy = Policy(load_language_model(model, torch.float32))
-    batch = packed(completions, 64)
+    batch = packed(completions)
     table = replay(make_constraint(), completions, range(completions.shape[0]))
     scores = token_scores(policy(batch), batch, table.sets(batch), inputs.temperature)
     loss, statistics = token_loss(scores.logp_K, scores.full_logp_K, token_inputs(inputs, batch.slot_K, batch.unit_K))
@@ -133,7 +133,7 @@ def test_illegal_completion_is_marked_and_keeps_its_likelihood(model: Path) -> N
         exclusions=completions.exclusions,
     )
     policy = Policy(load_language_model(model, torch.float32))
-    batch = packed(completions, 64)
+    batch = packed(completions)
     table = replay(make_constraint(), completions, range(completions.shape[0]))
     scores = token_scores(policy(batch), batch, table.sets(batch), 1.0)
     width = completions.shape[2]
@@ -159,10 +159,10 @@ def test_weightless_tokens_may_hold_anything() -> None:
     assert torch.isfinite(logp_K.grad).all()
 
 
-def test_group_longer_than_a_row_is_split() -> None:
+def test_group_longer_than_the_budget_is_split() -> None:
     completions = make_completions(prompts=3, longest=20)
     longest = max(len(p) for p in completions.prompt_tokens)
-    pieces = completion_pieces(completions, longest + 3)
+    pieces = completion_pieces(completions, 64, longest + 3)
     assert len(pieces) > 3
     assert max(piece.cost for piece in pieces) <= longest + 3
     slots = np.concatenate([piece.slot_K for piece in pieces])
@@ -177,32 +177,30 @@ def test_prompt_longer_than_a_row_is_refused() -> None:
 @given(st.lists(st.integers(1, 64), max_size=40), st.integers(1, 5))
 @settings(max_examples=50, deadline=None)
 def test_packing_is_a_partition_and_dealing_is_even(costs: list[int], ranks: int) -> None:
-    rows = pack_rows(costs, 64)
-    assert sorted(i for row in rows for i in row) == list(range(len(costs)))
-    assert all(sum(costs[i] for i in row) <= 64 for row in rows)
-    shares = deal_rows([sum(costs[i] for i in row) for row in rows], ranks)
-    assert sorted(i for share in shares for i in share) == list(range(len(rows)))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    packing = pack(costs, 64)
+    assert sorted(i for chosen in packing for i in chosen) == list(range(len(costs)))
+    assert all(sum(costs[i] for i in chosen) <= 64 for chosen in packing)
+    shares = deal(costs, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)
 
 
-def test_mask_by_its_definition() -> None:
-    batch = packed(make_completions(prompts=4), 64)
-    mask = attention_mask(batch)[:, 0]
-    rows, width = batch.token_RN.shape
-    for r in range(rows):
-        for i in range(width):
-            for j in range(width):
-                same = batch.tree_RN[r, i] == batch.tree_RN[r, j] and batch.tree_RN[r, i] >= 0
-                ancestor = batch.branch_RN[r, j] == 0 or batch.branch_RN[r, j] == batch.branch_RN[r, i]
-                assert bool(mask[r, i, j]) == (i == j or bool(same and ancestor and j <= i))
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_ranks_compute_everything_once_in_equal_numbers(lengths: list[int], ranks: int) -> None:
+    pieces = sequence_pieces([(np.full(n + 1, 5, np.int32), np.ones(n + 1, np.bool_)) for n in lengths], 32)
+    plans = [micro_batches(pieces, token_budget=48, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(plan) for plan in plans}) == 1
+    assert all(batch.tokens <= 48 for plan in plans for batch in plan)
+    slots = torch.cat([batch.slot_K for plan in plans for batch in plan])
+    assert sorted(slots.tolist()) == sorted(slot for piece in pieces for slot in piece.slot_K.tolist())
 
 
 def test_sequences_are_learned_as_if_alone(model: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [(rng.integers(4, 44, n).astype(np.int32), rng.random(n) < 0.5) for n in (3, 20, 7, 31, 1)]
-    pieces = sequence_pieces(rows, 32)
-    packing = pack_rows([piece.cost for piece in pieces], 32)
-    batch = lay_out([[pieces[i] for i in row] for row in packing], 32)
+    batch = lay_out(sequence_pieces(rows, 32))
     policy = Policy(load_language_model(model, torch.float32))
     with torch.no_grad():
         logits_UV = policy(batch)
@@ -219,3 +217,22 @@ def test_sequences_are_learned_as_if_alone(model: Path) -> None:
     assert sorted(batch.slot_K.tolist()) == sorted(exact)
     for slot, value in zip(batch.slot_K.tolist(), found.tolist(), strict=True):
         assert value == pytest.approx(exact[slot], abs=2e-5)
+
+
+def test_pairs_with_equal_prompts_are_a_group() -> None:
+    first, second = np.array([5, 6], dtype=np.int32), np.array([7], dtype=np.int32)
+    completions = [np.array(tokens, dtype=np.int32) for tokens in ([8], [9, 4], [4], [5, 6])]
+    found = Completions.of_sequences([first, first.copy(), second, first], completions)
+    assert [prompt.tolist() for prompt in found.prompt_tokens] == [[5, 6], [7], [5, 6]]
+    assert found.valid_PG.tolist() == [[True, True], [True, False], [True, False]]
+    assert found.token_PGT[found.token_mask_PGT].tolist() == [8, 9, 4, 4, 5, 6]
+
+
+def test_a_filler_reaches_every_parameter_with_nothing(model: Path) -> None:
+    policy = Policy(load_language_model(model, torch.float32))
+    batch = lay_out([FILLER])
+    assert (batch.heads, len(batch.target_K), batch.tokens) == (0, 0, 1)
+    torch.autograd.backward(policy(batch)[0, 0] * 0.0)
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
