@@ -34,6 +34,7 @@ PURE = (
     "trainer.popularity_bias",
     "trainer.ranker_training",
     "trainer.row_scores",
+    "trainer.tree_attention",
     "trainer.trees",
     "trainer.jobs",
     "launch.config",

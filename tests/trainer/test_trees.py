@@ -9,6 +9,7 @@ ranks, bf16 (test_learner.py).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.errors import RequestError
 from tests.trainer.learner_world import (
@@ -31,7 +32,7 @@ from trainer.legal import replay
 from trainer.losses import token_inputs, token_loss
 from trainer.micro_batches import micro_batches
 from trainer.objective_settings import Ratio
-from trainer.policy import Policy, load_language_model, token_scores
+from trainer.policy import Policy, full_log_probabilities, load_language_model, token_scores
 from trainer.trees import (
     FILLER,
     Completions,
@@ -236,3 +237,46 @@ def test_a_filler_reaches_every_parameter_with_nothing(model: Path) -> None:
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "mistral": SMALL | {"sliding_window": 5},
+    "qwen2": SMALL | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "phi3": SMALL | {"pad_token_id": 0},
+    "gemma": SMALL | {"head_dim": 8},
+    "gpt_neox": {name: value for name, value in SMALL.items() if name != "num_key_value_heads"},
+    "gpt2": {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_models_equal_their_plain_forward(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+    plain.save_pretrained(tmp_path)
+    completions = make_completions()
+    batch = packed(completions)
+    with torch.no_grad():
+        found_K = full_log_probabilities(Policy(load_language_model(tmp_path, torch.float32))(batch), batch)
+        for index, slot in enumerate(batch.slot_K.tolist()):
+            p, g, t = (int(place) for place in np.unravel_index(slot, completions.shape))
+            before = np.concatenate([completions.prompt_tokens[p], completions.token_PGT[p, g, : t + 1]])
+            logits = plain(input_ids=torch.from_numpy(before[None, :-1]).long()).logits[0, -1]
+            assert float(found_K[index]) == pytest.approx(float(logits.log_softmax(-1)[before[-1]]), abs=2e-5)
+
+
+def test_a_model_with_another_attention_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=48, hidden_size=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match="attention"):
+        load_language_model(tmp_path, torch.float32)
