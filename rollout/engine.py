@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from data.errors import RequestError
+from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
@@ -89,7 +90,8 @@ class VllmEngine(ReceivingEngine):
             max_num_batched_tokens=max(settings.tokens_per_forward, longest),
             kv_cache_memory_bytes=served_cache_bytes(settings, Path(hf_dir), longest),
             block_size=settings.block_size,
-            distributed_executor_backend="uni",
+            tensor_parallel_size=settings.tensor_parallel,
+            distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
             enforce_eager=True,
             enable_prefix_caching=True,
             # Defaults of the model folder (temperature, top-k) must not leak into anything.
@@ -103,21 +105,26 @@ class VllmEngine(ReceivingEngine):
         self.weight_version = 0
         self._rpc("windlass_open", str(hf_dir), settings)
 
-    def _rpc(self, method: str, *arguments: Any) -> Any:
-        return self._llm.collective_rpc(method, args=arguments)[0]
+    def _rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """What every worker answers; all compute the same."""
+        answers: list[Any] = self._llm.collective_rpc(method, args=arguments)
+        return answers
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None) -> Groups:
         """See `Engine.generate`."""
         self.require_visible()
         fault_point("rollout")
-        groups: Groups = self._rpc(
+        answers: list[Groups] = self._rpc(
             "windlass_generate", list(prompts), spec, exclude, self.weight_version, self.engine_id
         )
-        return groups
+        first, *others = answers
+        if any(not np.array_equal(first.token_PGT, other.token_PGT) for other in others):
+            raise RunError("the workers of a tensor-parallel engine generated different completions")
+        return first
 
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """See `Engine.score`."""
-        scores: list[FloatArray] = self._rpc("windlass_score", list(prompts), list(completions))
+        scores: list[FloatArray] = self._rpc("windlass_score", list(prompts), list(completions))[0]
         return scores
 
     def _take_push(self, message: PushMessage, rank: int) -> Receipt:
@@ -168,10 +175,20 @@ def longest_sequence(settings: RolloutSettings, hf_dir: Path) -> int:
 
 
 def served_cache_bytes(settings: RolloutSettings, hf_dir: Path, longest: int) -> int:
-    """Bytes of vLLM's own cache, which rollouts do not use."""
+    """Bytes of vLLM's own cache, which rollouts do not use.
+
+    Raises:
+        RequestError: the model's heads cannot be shared by the workers.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(hf_dir).get_text_config()
+    if config.num_attention_heads % settings.tensor_parallel:
+        raise RequestError(
+            "rollout.tensor_parallel",
+            settings.tensor_parallel,
+            f"a divisor of the model's {config.num_attention_heads} attention heads",
+        )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * head * getattr(torch, settings.dtype.value).itemsize

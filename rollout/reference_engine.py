@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import RequestError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout.engine import longest_sequence
 from rollout.group_decoder import GroupDecoder
@@ -29,9 +30,10 @@ class _Tree:
 
     cache: Any
     prompt_length: int
-    depth: int
+    level_X: Tensor
+    """Level of each of the X generated tokens."""
     ancestor_NX: Tensor
-    """bool `[N, X]`: which of the X generated positions each row of the last level sees, itself included."""
+    """bool `[N, X]`: which of them is an ancestor of each row of the last level, or the row itself."""
 
 
 class ReferenceBackend:
@@ -43,6 +45,12 @@ class ReferenceBackend:
         self._dtype = next(model.parameters()).dtype
         self._trees: list[_Tree] = []
         self._tree_N = torch.empty(0, dtype=torch.long)
+        config: Any = model.config
+        self._window: int | None = getattr(config, "sliding_window", None)
+        uniform = ["full_attention" if self._window is None else "sliding_attention"]
+        self._kinds = sorted(set(getattr(config, "layer_types", None) or uniform))
+        if set(self._kinds) - {"full_attention", "sliding_attention"}:
+            raise RequestError("model", f"layers of {', '.join(self._kinds)}", "full_attention, sliding_attention")
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
@@ -51,14 +59,16 @@ class ReferenceBackend:
 
         logits = []
         for prompt in prompts:
-            cache = DynamicCache(config=self._model.config)
+            # Without the configuration, which would drop what a window has left behind: positions here are not
+            # those of a row of tokens.
+            cache = DynamicCache()
             ids = torch.as_tensor(prompt, dtype=torch.long, device=self._device)[None]
             logits.append(self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0])
             self._trees.append(
                 _Tree(
                     cache=cache,
                     prompt_length=len(prompt),
-                    depth=0,
+                    level_X=torch.zeros(0, dtype=torch.long, device=self._device),
                     ancestor_NX=torch.zeros((1, 0), dtype=torch.bool, device=self._device),
                 )
             )
@@ -91,22 +101,43 @@ class ReferenceBackend:
         rows = len(token_M)
         itself_MM = torch.eye(rows, dtype=torch.bool, device=self._device)
         tree.ancestor_NX = torch.cat([tree.ancestor_NX[parent_M], itself_MM], 1)
+        depth = int(tree.level_X[-1]) + 1 if len(tree.level_X) else 0
+        position = tree.prompt_length + depth
+        tree.level_X = torch.cat([tree.level_X, torch.full((rows,), depth, device=self._device)])
         sees_MX = torch.cat(
             [torch.ones((rows, tree.prompt_length), dtype=torch.bool, device=self._device), tree.ancestor_NX], 1
         )
+        position_X = torch.cat(
+            [torch.arange(tree.prompt_length, device=self._device), tree.prompt_length + tree.level_X]
+        )
+        masks = {
+            "full_attention": sees_MX,
+            "sliding_attention": sees_MX & (position - position_X < (self._window or 0)),
+        }
         hidden = torch.finfo(self._dtype).min
-        mask_11MX = torch.zeros(sees_MX.shape, dtype=self._dtype, device=self._device).masked_fill(~sees_MX, hidden)
-        position = torch.full((1, rows), tree.prompt_length + tree.depth, device=self._device)
-        tree.depth += 1
+        additive = {
+            kind: torch.zeros(sees_MX.shape, dtype=self._dtype, device=self._device).masked_fill(~masks[kind], hidden)[
+                None, None
+            ]
+            for kind in self._kinds
+        }
         out = self._model(
             input_ids=token_M[None],
-            position_ids=position,
-            attention_mask=mask_11MX[None, None],
+            position_ids=torch.full((1, rows), position, device=self._device),
+            attention_mask=additive if len(additive) > 1 else additive[self._kinds[0]],
             past_key_values=tree.cache,
             use_cache=True,
         )
         logits: Tensor = out.logits[0]
         return logits
+
+    def restart(self) -> None:
+        """The rows are the prompts again."""
+        for tree in self._trees:
+            tree.cache.crop(tree.prompt_length)
+            tree.level_X = tree.level_X[:0]
+            tree.ancestor_NX = torch.zeros((1, 0), dtype=torch.bool, device=self._device)
+        self._tree_N = torch.arange(len(self._trees), device=self._device)
 
     def release(self) -> None:
         """Drop the caches."""

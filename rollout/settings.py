@@ -52,13 +52,16 @@ class RolloutSettings(Settings):
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus completion, in tokens; none takes the model's own limit."""
     kv_cache_gib: float = Field(0.5, gt=0)
-    """Memory per engine, in GiB, for the keys and values of the prompts whose beams grow together (vllm only). A
+    """Memory per worker, in GiB, for the keys and values of the prompts whose beams grow together (vllm only). A
     forward pass over prompts, and four sequences of vLLM's own, come on top."""
     block_size: int = Field(32, ge=16, multiple_of=16)
     """Tokens per block of the KV cache; on CPU a multiple of 32."""
     threads: int = Field(0, ge=0)
     """Computing threads per engine (CPU); 0 shares the host's cores among the engines, and with the learners where both
     work at once."""
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """Worker processes that share the matrices of one engine (vllm only); must divide the model's attention heads. On
+    GPUs `gpus` has to be as many."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per engine: 0 on CPU; below 1 shares a GPU between engines."""
     start_deadline_s: float = Field(300.0, gt=0)
