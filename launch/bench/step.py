@@ -26,7 +26,7 @@ from launch.bench.frame import Way, answer, paired
 from launch.bench.models import BenchModel, bench_model
 from launch.bench.settings import BenchSettings
 from launch.bench.step_job import StepBench, prompt_builder, random_samples
-from launch.bench.trl_way import build_trl
+from launch.bench.trl_way import TrlOptions, build_trl
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from rollout import vllm_internals
@@ -37,8 +37,9 @@ from trainer.initial_model import CATALOGUE
 from trainer.learner_group import LearnerGroup
 from trainer.run_state import RunState
 
-ROWS_PER_PASS: Final = (16, 128)
-"""Rows of a forward pass of TRL that are tried, with all in one; the fastest is what we are compared with."""
+ROWS_PER_PASS: Final = (16,)
+"""Rows of a forward pass of TRL that are tried, beside all in one; the fastest options are what we compare with."""
+ATTENTIONS: Final = ("sdpa", "eager")
 
 
 def step_command(
@@ -53,8 +54,9 @@ def step_command(
         environment = vllm_internals.environment(threads=settings.threads)
         rows = settings.prompts * settings.group
         passes = sorted({count for count in ROWS_PER_PASS if rows % count == 0} | {rows})
-        trials = {count: trial(settings, model, count, environment) for count in passes}
-        fastest = min(passes, key=lambda count: trials[count])
+        options = [TrlOptions(attention, count) for attention in ATTENTIONS for count in passes]
+        trials = [trial(settings, model, option, environment) for option in options]
+        fastest = options[trials.index(min(trials))]
         children = {
             "ours": stack.enter_context(Child(build_ours, settings, model.hf_dir, environment=environment)),
             "trl": stack.enter_context(Child(build_trl, settings, model.hf_dir, fastest, environment=environment)),
@@ -71,18 +73,16 @@ def step_command(
         ceiling_tflops=ceiling,
         checked=all(fact[name] == value for fact in facts.values() for name, value in expected.items()),
         speedup_vs_trl=statistics.median(theirs / own for theirs, own in pairs),
-        trl_seconds_by_rows_per_pass=trials,
+        trl_trials=[{**option._asdict(), "seconds": spent} for option, spent in zip(options, trials, strict=True)],
         check=facts,
         model=model.record(),
     )
 
 
-def trial(settings: StepBench, model: BenchModel, rows_per_pass: int, environment: Mapping[str, str]) -> float:
-    """Seconds of the second step of TRL with so many rows in a forward pass."""
-    with Child(build_trl, settings, model.hf_dir, rows_per_pass, environment=environment) as child:
-        step = child.timer("step")
-        step()
-        return step()
+def trial(settings: StepBench, model: BenchModel, options: TrlOptions, environment: Mapping[str, str]) -> float:
+    """Seconds of the first step of TRL with these options."""
+    with Child(build_trl, settings, model.hf_dir, options, environment=environment) as child:
+        return child.timer("step")()
 
 
 def _way(child: Child, settings: StepBench, model: BenchModel) -> Way:

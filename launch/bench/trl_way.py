@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,17 +18,25 @@ from launch.bench.step_job import StepBench, prompt_builder, random_samples
 from trainer.initial_model import CATALOGUE
 
 
-def build_trl(settings: StepBench, hf_dir: Path, rows_per_pass: int) -> Functions:
+class TrlOptions(NamedTuple):
+    """What is tried to make it fast."""
+
+    attention: str
+    rows_per_pass: int
+    """Of forward and backward; all rows are generated at once."""
+
+
+def build_trl(settings: StepBench, hf_dir: Path, options: TrlOptions) -> Functions:
     """TRL's trainer, in a thread that takes one optimiser step per call."""
     torch.set_num_threads(settings.threads)
-    driver = _TrlDriver(settings, hf_dir, rows_per_pass)
+    driver = _TrlDriver(settings, hf_dir, options)
     return {"step": driver.step, "facts": driver.facts, "settings": driver.settings, "close": driver.close}
 
 
 class _TrlDriver:
     """Lets `GRPOTrainer.train` run for one step at a time."""
 
-    def __init__(self, settings: StepBench, hf_dir: Path, rows_per_pass: int) -> None:
+    def __init__(self, settings: StepBench, hf_dir: Path, options: TrlOptions) -> None:
         from transformers import AutoTokenizer
 
         catalogue = Catalogue.load(hf_dir / CATALOGUE)
@@ -38,12 +46,13 @@ class _TrlDriver:
         self._ending = False
         self._error: BaseException | None = None
         self._rows = 0
-        self._trainer = self._build(settings, hf_dir, catalogue, rows_per_pass)
+        self._options = options
+        self._trainer = self._build(settings, hf_dir, catalogue)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self._wait()
 
-    def _build(self, settings: StepBench, hf_dir: Path, catalogue: Catalogue, rows_per_pass: int) -> Any:
+    def _build(self, settings: StepBench, hf_dir: Path, catalogue: Catalogue) -> Any:
         from transformers import AutoModelForCausalLM, TrainerCallback
 
         datasets: Any = importlib.import_module("datasets")
@@ -51,8 +60,8 @@ class _TrlDriver:
 
         rows = settings.prompts * settings.group
         self._arguments: dict[str, Any] = {
-            "per_device_train_batch_size": rows_per_pass,
-            "gradient_accumulation_steps": rows // rows_per_pass,
+            "per_device_train_batch_size": self._options.rows_per_pass,
+            "gradient_accumulation_steps": rows // self._options.rows_per_pass,
             "generation_batch_size": rows,
             "num_generations": settings.group,
             "max_completion_length": self._levels,
@@ -85,10 +94,10 @@ class _TrlDriver:
         prompts = prompt_builder(job, catalogue).build(random_samples(settings, catalogue)).prompts
         return trl.GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(
-                hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation="sdpa"
+                hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation=self._options.attention
             ),
             reward_funcs=self._reward,
-            args=trl.GRPOConfig(output_dir=str(hf_dir / f"trl-{rows_per_pass}"), **self._arguments),
+            args=trl.GRPOConfig(output_dir=str(hf_dir / "trl"), **self._arguments),
             train_dataset=datasets.Dataset.from_dict(
                 {
                     "prompt": [self._text(prompt.token_ids) for prompt in prompts],
@@ -142,7 +151,11 @@ class _TrlDriver:
 
     def settings(self) -> dict[str, Any]:
         """How the trainer was set."""
-        return {"attention": "sdpa", "generation": "transformers, unconstrained sampling", **self._arguments}
+        return {
+            "attention": self._options.attention,
+            "generation": "transformers, unconstrained sampling",
+            **self._arguments,
+        }
 
     def close(self) -> None:
         """End the training."""

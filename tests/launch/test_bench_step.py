@@ -13,7 +13,7 @@ import pytest
 from launch.bench.models import bench_model
 from launch.bench.step import step_work
 from launch.bench.step_job import StepBench, prompt_builder, random_samples
-from launch.bench.trl_way import build_trl
+from launch.bench.trl_way import TrlOptions, build_trl
 from tests.launch.test_bench_rollout import bench
 from tests.requirements import require
 
@@ -35,7 +35,7 @@ def test_prompts_are_as_long_as_asked() -> None:
 def test_trl_takes_one_step_per_call() -> None:
     require("trl")
     with bench_model(SETTINGS) as model:
-        functions = build_trl(SETTINGS, model.hf_dir, 4)
+        functions = build_trl(SETTINGS, model.hf_dir, TrlOptions("eager", 4))
         try:
             for number in (1, 2):
                 functions["step"]()
