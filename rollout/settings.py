@@ -45,9 +45,9 @@ class RolloutSettings(Settings):
     """Divides the logits before the softmax over the legal continuations."""
     shard_size: int = Field(32, ge=1)
     """Prompts an engine is handed at once; the free engine takes the next shard."""
-    prompts_per_forward: int = Field(16, ge=1)
+    prompts_per_forward: int = Field(64, ge=1)
     """Most prompts computed in one forward pass; fewer where `tokens_per_forward` demands it."""
-    tokens_per_forward: int = Field(8192, ge=32)
+    tokens_per_forward: int = Field(4096, ge=32)
     """Most prompt tokens computed in one forward pass; a single longer prompt still goes alone."""
     max_model_len: int | None = Field(None, ge=2)
     """Longest prompt plus completion, in tokens; none takes the model's own limit."""

@@ -292,5 +292,6 @@ def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup
         engines={engine_id: RayPeer(engine_id, [actor]) for engine_id, actor in fleet.engines.items()},
         probe=item_probe(paths, bos=catalogue.vocabulary.bos, seed=job.seed),
         dtype="bfloat16" if "bfloat16" in types else "float32",
+        workers_per_engine=job.rollout.tensor_parallel,
         replace=replaced,
     )
