@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -194,6 +194,19 @@ def _in_time_order(table: pa.Table) -> pa.Table:
 def day_of(timestamp: int) -> str:
     """The UTC day of a time in seconds, `YYYY-MM-DD`."""
     return datetime.fromtimestamp(timestamp, UTC).date().isoformat()
+
+
+def day_start(day: str) -> int:
+    """The first second of a UTC day."""
+    return int(np.datetime64(day, "s").astype(np.int64))
+
+
+def is_day(text: str) -> bool:
+    """Whether a text is a day as folders name it, `YYYY-MM-DD`."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def write_feedback(folder: Path, table: pa.Table, *, rows_per_file: int = ROWS_PER_FILE) -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import date
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.errors import RequestError
-from data.feedback import DAY_SECONDS, FORMAT, METADATA, SCHEMA, SUCCESS, FeedbackLog, PropensityKind
+from data.feedback import (
+    DAY_SECONDS,
+    FORMAT,
+    METADATA,
+    SCHEMA,
+    SUCCESS,
+    FeedbackLog,
+    PropensityKind,
+    day_start,
+    is_day,
+)
 from data.parquet import open_parquet, read_table
 from data.records import BoolArray, Decode, IntArray, LongArray
 
@@ -113,7 +122,7 @@ def read_feedback(
     for day in days:
         table = _read_day(folder / f"day={day}")
         tables.append(table)
-        seconds.append(np.full(len(table), _day_start(day), np.int64))
+        seconds.append(np.full(len(table), day_start(day), np.int64))
     table = pa.concat_tables(tables).combine_chunks()
     fault_N = find_faults(table, checks, day_start_N=np.concatenate(seconds))
     counts = {fault.value: int((fault_N == fault.value).sum()) for fault in FeedbackFault}
@@ -131,13 +140,13 @@ def complete_days(folder: Path, *, first_day: str | None = None, last_day: str |
         RequestError: no days within the bounds, or one that is not complete.
     """
     for name, bound in (("first_day", first_day), ("last_day", last_day)):
-        if bound is not None and not _is_day(bound):
+        if bound is not None and not is_day(bound):
             raise RequestError(name, repr(bound), "YYYY-MM-DD")
     if not folder.is_dir():
         raise RequestError(str(folder), "no such folder", "a feedback log (`windlass data simulate` writes one)")
     days = sorted(path.name.removeprefix("day=") for path in folder.glob("day=*") if path.is_dir())
     for day in days:
-        if not _is_day(day):
+        if not is_day(day):
             raise RequestError(str(folder / f"day={day}"), "not a day", "folders day=YYYY-MM-DD")
     chosen = [day for day in days if (first_day or "") <= day <= (last_day or "9999-99-99")]
     if not chosen:
@@ -328,17 +337,6 @@ def _check_shares(folder: Path, counts: dict[str, int], rows: int, checks: Feedb
         raise RequestError(str(folder), f"{bad} of {rows} rows are bad ({told})", f"at most {checks.max_bad_share:.0%}")
     if sum(counts.values()) == rows:
         raise RequestError(str(folder), f"none of {rows} rows can be used ({told or 'no rows'})", "at least one row")
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-def _day_start(day: str) -> int:
-    return int(np.datetime64(day, "s").astype(np.int64))
 
 
 def _read_day(folder: Path) -> pa.Table:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError
-from trainer.durable import sync_file
+from trainer.durable import sync_file, sync_tree
 
 PARTIAL = ".partial"
 DELETED = ".deleted"
@@ -49,6 +49,11 @@ class Files:
         self.before("rename", target)
         source.replace(target)
         sync_file(target.parent)
+
+    def publish(self, partial: Path, target: Path) -> None:
+        """Give a folder that was filled under a name of no reader its own name, once all of it is on the disk."""
+        sync_tree(partial)
+        self.rename(partial, target)
 
     def link(self, path: Path, target: str) -> None:
         """Make a symbolic link."""

@@ -1,0 +1,424 @@
+"""One partition after the other: validate, update, measure, guard, registry. Exactly once, whatever dies when.
+
+    ROOT/versions, current, ...    the registry
+    ROOT/continual/journal/        what was done (`launch.continual.journal`)
+    ROOT/continual/rows/DAY.N/     rows of a pass (`launch.continual.rows`); what no later update needs is removed
+    ROOT/continual/work/DAY.N/     the update at work
+
+A pass is written to the journal before anything is done for it (`began`), and again when its decision is fixed
+(`decided`); what follows a decision can be done twice without a difference. Before `decided` all work goes to folders
+of the pass alone. So a process that dies leaves a pass that the next one finishes, to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from data.errors import RequestError
+from data.feedback import FORMAT, SUCCESS
+from data.feedback_reading import FeedbackChecks
+from launch.continual.files import Files, json_bytes
+from launch.continual.guard import Checked, Outcome, check, passes, wanted
+from launch.continual.journal import FileFacts, Journal, Pass, PassState, changes
+from launch.continual.log_folder import LogFolder, UnusableFile, missing_days, waits_for
+from launch.continual.reasons import Decision, Reason, Told
+from launch.continual.registry import Registry, digest_of, folder_digests
+from launch.continual.rows import HELD_OUT, REQUESTS, TRAIN, RowReport, read_rows, unusable
+from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
+from launch.continual.updating import Interrupted, Update, Updater
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a cycle says about a day."""
+
+    day: str
+    decision: Decision
+    reasons: tuple[Told, ...] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    version: int | None = None
+    """Of the updated model; none where there is none."""
+
+    @staticmethod
+    def of(done: Pass) -> Result:
+        """The result that the journal keeps."""
+        assert done.decision is not None
+        return Result(
+            day=done.day,
+            decision=done.decision,
+            reasons=done.reasons,
+            metrics=dict(done.metrics),
+            counts=dict(done.counts),
+            version=done.candidate if done.decision in (Decision.PROMOTED, Decision.REJECTED) else None,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "day": self.day,
+            "decision": self.decision.value,
+            "reasons": [{"reason": told.reason.value, "found": told.found} for told in self.reasons],
+            "metrics": self.metrics,
+            "counts": self.counts,
+            "version": self.version,
+        }
+
+
+class Cycle:
+    """Works through the days of a log. The caller holds the registry's lock."""
+
+    def __init__(
+        self,
+        log: LogFolder,
+        registry: Registry,
+        updater: Updater,
+        settings: ServiceSettings,
+        *,
+        clock: Callable[[], float],
+        files: Files,
+    ) -> None:
+        """
+        Args:
+            log: read only.
+            registry: serves a version already (`begin_registry`).
+            updater: trains and measures.
+            settings: the rules.
+            clock: seconds since 1970.
+            files: how the disk is changed.
+        """
+        self._log = log
+        self._registry = registry
+        self._updater = updater
+        self._settings = settings
+        self._clock = clock
+        self._files = files
+        root = registry.root / "continual"
+        self._journal = Journal(root / "journal", files)
+        self._rows = root / "rows"
+        self._work = root / "work"
+
+    def run(self, first_day: str = "") -> list[Result]:
+        """Finish the pass that is open, then take every complete day with something new, in order.
+
+        Returns:
+            One result for every pass that ended now and every day that waits.
+
+        Raises:
+            RequestError: a damaged journal or registry, or an update that its recipe does not allow.
+            RunError: the update failed, or the disk refused; the next start goes on.
+        """
+        self._recover()
+        results: list[Result] = []
+        day = ""
+        try:
+            for one in self._journal.passes():
+                if one.state is not PassState.DONE:
+                    day = one.day
+                    results.append(self._finish(one))
+            waits = False
+            for day in self._log.days():
+                if day >= first_day:
+                    ended = self._run_day(day, waits=waits)
+                    waits = waits or any(result.decision is Decision.WAITING for result in ended)
+                    results += ended
+        except Interrupted:
+            results.append(Result(day=day, decision=Decision.WAITING, reasons=(Told(reason=Reason.INTERRUPTED),)))
+        return results
+
+    def _run_day(self, day: str, *, waits: bool) -> list[Result]:
+        """Every pass that the day needs now."""
+        results = []
+        while isinstance(planned := self._plan(day, waits=waits), Pass):
+            self._journal.write(planned)
+            results.append(Result.of(planned) if planned.state is PassState.DONE else self._finish(planned))
+        return results if planned is None else [*results, planned]
+
+    def plan(self, first_day: str = "") -> list[Result]:
+        """What `run` would begin with, without changing anything."""
+        results: list[Result] = []
+        waits = False
+        for day in self._log.days():
+            if day < first_day:
+                continue
+            planned = self._journal.day(day).open or self._plan(day, waits=waits)
+            if isinstance(planned, Pass):
+                would = planned.decision or Decision.WAITING
+                told = planned.reasons if planned.decision else (*planned.reasons, Told(reason=Reason.WOULD_RUN))
+                results.append(Result(day=day, decision=would, reasons=told))
+            elif planned is not None:
+                results.append(planned)
+                waits = True
+        return results
+
+    def _recover(self) -> None:
+        self._registry.recover()
+        self._journal.recover()
+        for folder in (self._rows, self._work):
+            self._files.make_folder(folder)
+            self._files.clear_leftovers(folder)
+        self._sweep()
+
+    # --- planning ---
+
+    def _plan(self, day: str, *, waits: bool) -> Pass | Result | None:
+        """A pass to begin (or one that is done at once), a result that says why the day waits, or nothing to do."""
+        listing = self._log.listing(day)
+        known = self._journal.day(day)
+        if known.passes and not changes(known.files, self._log.facts(listing, known.files)).to_read:
+            return None
+        missing = missing_days(day, [other for other in self._log.days() if other < day])
+        told = waits_for(listing, self._settings.complete, self._clock())
+        if told is None and self._settings.gaps is GapRule.WAIT and (waits or missing):
+            told = Told(reason=Reason.EARLIER_DAY_WAITS, found=", ".join(missing))
+        if told is not None:
+            return Result(day=day, decision=Decision.WAITING, reasons=(told,))
+        facts = self._log.facts(listing, known.files)
+        changed = changes(known.files, facts)
+        names, late = changed.to_read, changed.told()
+        if not known.passes:
+            names = tuple(sorted(listing.promised or facts))
+            later = [one.day for one in self._journal.passes() if one.day > day]
+            late = (Told(reason=Reason.LATE_DAY, found=f"{max(later)} was begun"),) if later else ()
+        notes = [Told(reason=Reason.MISSING_DAY, found=", ".join(missing))] if missing else []
+        begun = self._begin(day, {name: facts[name] for name in names}, (*notes, *late))
+        # Of a day that was skipped nothing was used, so that its repair is not late.
+        unused = known.passes and all(one.decision is Decision.SKIPPED for one in known.passes)
+        refused = late and not unused and self._settings.late is LateRule.QUARANTINE
+        return self._skipped(begun, ()) if refused else begun
+
+    def _begin(self, day: str, facts: dict[str, FileFacts], notes: Sequence[Told]) -> Pass:
+        current = self._registry.current()
+        if current is None:
+            raise RequestError(str(self._registry.root), "serves no version", "a registry with a promoted version")
+        return Pass(
+            day=day,
+            number=len(self._journal.day(day).passes),
+            order=len(self._journal.passes()),
+            state=PassState.BEGAN,
+            files=facts,
+            parent=current.number,
+            candidate=max(self._registry.numbers()) + 1,
+            began_at=self._clock(),
+            reasons=tuple(notes),
+        )
+
+    # --- one pass ---
+
+    def _finish(self, one: Pass) -> Result:
+        """Take a pass from where it is to its end."""
+        if one.state is PassState.DECIDED and self._still_holds(one):
+            return self._apply(one)
+        decided = self._decide(self._renewed(one))
+        self._journal.write(decided)
+        if decided.state is not PassState.DONE:
+            return self._apply(decided)
+        self._sweep()
+        return Result.of(decided)
+
+    def _renewed(self, one: Pass) -> Pass:
+        """The pass as it began, or begun anew where its files or the served version changed since."""
+        listing = self._log.listing(one.day)
+        facts = self._log.facts(listing, one.files)
+        now = {name: facts[name] for name in one.files if name in facts}
+        current = self._registry.current()
+        assert current is not None
+        same = {name: found.digest for name, found in now.items()} == {n: f.digest for n, f in one.files.items()}
+        if one.state is PassState.BEGAN and same and one.parent == current.number:
+            return one
+        for folder in (self._work / one.name, self._rows / one.name):
+            if folder.exists():
+                self._files.remove_folder(folder)
+        notes = tuple(told for told in one.reasons if told.reason not in (Reason.GUARD, Reason.GUARD_PASSED))
+        fresh = replace(self._begin(one.day, now, notes), number=one.number, order=one.order)
+        self._journal.write(fresh)
+        return fresh
+
+    def _decide(self, one: Pass) -> Pass:
+        """Validate, update, measure and guard."""
+        try:
+            report = self._read(one)
+        except UnusableFile as error:
+            return self._skipped(one, (error.told,))
+        one = replace(one, counts=report.counts)
+        if len(report.policies) > 1:
+            mixed = ", ".join(f"{count} of {name}" for name, count in report.policies.items())
+            one = replace(one, reasons=(*one.reasons, Told(reason=Reason.MIXED_POLICIES, found=mixed)))
+        told = unusable(report, self._settings.rows)
+        if told is not None:
+            return self._skipped(one, (told,))
+        work, parent = self._work / one.name, self._registry.version(one.parent).path
+        self._files.make_folder(work)
+        trained = (f"{one.name}/{TRAIN}", *self._carry())
+        feedback = self._feedback(work / "feedback", trained)
+        held_out = self._feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
+        model = self._updater.update(Update(parent=parent, feedback=feedback, work=work / "update"))
+        conditions = self._settings.guard.conditions
+        checked = check(conditions, self._updater.measure(model, parent, held_out, wanted(conditions)))
+        return replace(
+            one,
+            state=PassState.DECIDED,
+            decided_at=self._clock(),
+            decision=Decision.PROMOTED if passes(checked) else Decision.REJECTED,
+            reasons=(*one.reasons, *_verdict(checked)),
+            metrics={"guard": [each.record() for each in checked], "trained": list(trained)},
+            model=model.resolve().relative_to(work.resolve()).as_posix(),
+            model_digest=digest_of(folder_digests(model)),
+        )
+
+    def _apply(self, one: Pass) -> Result:
+        """Let registry and rows follow a decision."""
+        promoted = one.decision is Decision.PROMOTED
+        if one.candidate not in self._registry.numbers():
+            self._registry.add(one.candidate, self._work / one.name / str(one.model), self._lineage(one))
+        served = [entry.version for entry in self._registry.promotions()]
+        if promoted and one.candidate not in served:
+            assert one.decided_at is not None
+            self._registry.promote(one.candidate, at=one.decided_at, why=f"update by {one.day}, pass {one.number}")
+        held, train = f"{one.name}/{HELD_OUT}", f"{one.name}/{TRAIN}"
+        carry = self._carry()
+        if promoted:
+            carry = (held,)
+        elif self._settings.on_reject is RejectRule.ACCUMULATE:
+            carry = (*carry, train, held)
+        done = replace(one, state=PassState.DONE, carry=carry)
+        self._journal.write(done)
+        self._sweep()
+        return Result.of(done)
+
+    def _skipped(self, one: Pass, told: Sequence[Told]) -> Pass:
+        return replace(
+            one,
+            state=PassState.DONE,
+            decided_at=self._clock(),
+            decision=Decision.SKIPPED,
+            reasons=(*one.reasons, *told),
+            carry=self._carry(),
+        )
+
+    # --- rows ---
+
+    def _read(self, one: Pass) -> RowReport:
+        target = self._rows / one.name
+        if target.exists():
+            return RowReport.read(target)
+        partial = self._rows / f".{one.name}.partial"
+        if partial.exists():
+            self._files.remove(partial)
+        self._files.make_folder(partial)
+        report = read_rows(
+            self._log,
+            self._log.listing(one.day),
+            sorted(one.files),
+            partial,
+            checks=self._checks(one),
+            settings=self._settings.rows,
+            earlier=self._earlier(one),
+        )
+        self._files.publish(partial, target)
+        return report
+
+    def _checks(self, one: Pass) -> FeedbackChecks:
+        names = {self._registry.version(number).name for number in self._registry.numbers()}
+        checks = self._updater.checks(self._registry.version(one.parent).path)
+        return replace(checks, policies=frozenset(names | set(self._settings.policies)))
+
+    def _earlier(self, one: Pass) -> list[Path]:
+        """Request digests of the passes that used rows, near enough in time."""
+        near = [
+            other
+            for other in self._journal.passes()
+            if other.decision in (Decision.PROMOTED, Decision.REJECTED)
+            and other.name != one.name
+            and abs((date.fromisoformat(other.day) - date.fromisoformat(one.day)).days) <= self._settings.duplicate_days
+        ]
+        paths = [self._rows / other.name / REQUESTS for other in near]
+        return [path for path in paths if path.exists()]
+
+    def _feedback(self, folder: Path, sources: Sequence[str]) -> Path:
+        """A feedback log that names the files of row folders; made again from the start after a crash."""
+        if folder.exists():
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")
+        if partial.exists():
+            self._files.remove(partial)
+        promised: dict[str, dict[str, int]] = {}
+        for source in sources:
+            day = partial / f"day={source.split('.')[0]}"
+            self._files.make_folder(day)
+            report = RowReport.read((self._rows / source).parent)
+            for path in sorted((self._rows / source).glob("*.parquet")):
+                name = f"{source.replace('/', '-')}-{path.name}"
+                self._files.link(day / name, str(path.resolve()))
+                promised.setdefault(day.name, {})[name] = report.files[f"{path.parent.name}/{path.name}"]
+        for name, rows in promised.items():
+            self._files.write(partial / name / SUCCESS, json_bytes({"format": FORMAT, "rows": rows}))
+        self._files.rename(partial, folder)
+        return folder
+
+    def _carry(self) -> tuple[str, ...]:
+        """Row folders that earlier passes left for the next update."""
+        done = [one for one in self._journal.passes() if one.state is PassState.DONE]
+        return done[-1].carry if done else ()
+
+    def _sweep(self) -> None:
+        """Remove rows and work that nothing will ask for again."""
+        every = self._journal.passes()
+        opened = {one.name for one in every if one.state is not PassState.DONE}
+        carried = set(self._carry())
+        for path in sorted(self._work.iterdir()):
+            if path.name not in opened:
+                self._files.remove_folder(path)
+        for path in sorted(self._rows.iterdir()):
+            if path.name in opened:
+                continue
+            self._files.clear_leftovers(path)
+            for part in (TRAIN, HELD_OUT):
+                if f"{path.name}/{part}" not in carried and (path / part).exists():
+                    self._files.remove_folder(path / part)
+
+    # --- the model ---
+
+    def _still_holds(self, one: Pass) -> bool:
+        """Whether a decision can be followed: its model is there, and nobody switched the served version since."""
+        served = [entry.version for entry in self._registry.promotions()]
+        if one.decision is Decision.PROMOTED and one.candidate not in served and served[-1] != one.parent:
+            return False
+        if one.candidate in self._registry.numbers():
+            return self._registry.version(one.candidate).digest == one.model_digest
+        model = self._work / one.name / str(one.model)
+        return model.is_dir() and digest_of(folder_digests(model)) == one.model_digest
+
+    def _lineage(self, one: Pass) -> dict[str, Any]:
+        parent = self._registry.version(one.parent)
+        return {
+            "parent": one.parent,
+            "parent_name": parent.name,
+            "day": one.day,
+            "pass": one.number,
+            "files": {name: facts.digest for name, facts in one.files.items()},
+            "counts": dict(one.counts),
+            "decision": one.decision,
+            "reasons": [{"reason": told.reason, "found": told.found} for told in one.reasons],
+            "metrics": one.metrics,
+            "decided_at": one.decided_at,
+            "updater": self._updater.describe(),
+        }
+
+
+def begin_registry(registry: Registry, model: Path, *, at: float) -> None:
+    """Serve a first version, where none is served yet."""
+    if registry.current() is None:
+        registry.add(1, model, {"parent": None, "source": str(model)})
+        registry.promote(1, at=at, why="the first version")
+
+
+def _verdict(checked: Sequence[Checked]) -> list[Told]:
+    failed = [one for one in checked if one.outcome is not Outcome.HOLDS]
+    if failed:
+        return [Told(reason=Reason.GUARD, found=str(one)) for one in failed]
+    return [Told(reason=Reason.GUARD_PASSED, found=f"{len(checked)} conditions hold")]
