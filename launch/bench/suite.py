@@ -44,6 +44,7 @@ SUITE: Final[Mapping[str, Part]] = {
         arguments=("--prompts", "32", "--repeats", "5", "--ways", "ours,floor,vllm_one_token"),
         ratios=("fraction_of_limit", "speedup_vs_one_token_requests"),
     ),
+    "learner": Part(arguments=("--repeats", "3"), ratios=("fraction_of_limit",)),
     "sync": Part(arguments=("--repeats", "9", "--movers", "shared_memory"), ratios=("link_fraction",)),
     "reward": Part(arguments=("--prompts", "128", "--repeats", "5"), ratios=("speedup_vs_loop",)),
     "data": Part(arguments=("--rows", "200000", "--repeats", "3", "--items", "20000"), ratios=("fraction_of_read",)),
