@@ -79,8 +79,8 @@ def test_a_log_with_everything(place: Place) -> None:
     ]
     assert results[1].counts == {
         "rows": 30,
-        "train": 17,
-        "held_out": 3,
+        "train": 18,
+        "held_out": 2,
         "duplicate_request": 10,
         "request_of_earlier_pass": 10,
     }
