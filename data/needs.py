@@ -1,4 +1,5 @@
-"""Needs: what a ranked list is for. A need has a name, a token of the vocabulary and a gain of (user, item, time).
+"""Needs: what a ranked list is for. A need has a name, an instruction and a gain of
+(user, item, time).
 
 Gains are computed for observed events only: what the user did with the item after the time of the prompt. Everything
 else a gain looks at (history, activity of items) lies strictly before that time.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +29,17 @@ from data.settings import Settings
 
 GainArray = npt.NDArray[np.float64]
 HOUR_S: Final = 3600
+_NAME: Final = r"^[a-z][a-z0-9_]*$"
 
 
 class NeedSettings(Settings):
     """A need that lists are ranked for."""
 
-    name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z][a-z0-9_]*$")
-    """Name; the prompt carries it as the token `<need:NAME>`."""
+    name: str = Field(min_length=1, max_length=40, pattern=_NAME)
+    """Name in metrics and tables."""
+    instruction: tuple[Annotated[str, Field(pattern=_NAME)], ...] = ()
+    """Words that tell the model of the need, each a token `<need:WORD>`; empty for its name. Several words let a need
+    that is held out from training be said in words that training has."""
     gain: str = ""
     """`package.module:function` of (rows, facts) that returns one gain per row; empty for the built-in gain of that
     name (interest, explore, trend, niche)."""
@@ -122,6 +127,8 @@ class Need:
     """A need with its gain."""
 
     name: str
+    words: tuple[str, ...]
+    """Its instruction."""
     function: GainFunction
     window_s: int
 
@@ -169,4 +176,14 @@ def _load(settings: NeedSettings) -> Need:
         function = load_by_path(settings.gain, where, legal)
         if not callable(function):
             raise RequestError(where, f"{settings.gain} is no function", legal)
-    return Need(name=settings.name, function=function, window_s=max(1, round(settings.window_hours * HOUR_S)))
+    return Need(
+        name=settings.name,
+        words=settings.instruction or (settings.name,),
+        function=function,
+        window_s=max(1, round(settings.window_hours * HOUR_S)),
+    )
+
+
+def instruction_words(needs: Sequence[Need]) -> tuple[str, ...]:
+    """The different words of all instructions, in the order in which they first occur."""
+    return tuple(dict.fromkeys(word for need in needs for word in need.words))

@@ -79,6 +79,14 @@ class Prompt:
     """Ground truth item, or `NO_ITEM`."""
     timestamp: int = 0
     """Seconds; time of the target."""
+    need: str = ""
+    """What a list is for; the empty string where single items are asked for."""
+    candidates: IntArray | None = None
+    """[C] items that a list ranks, in the order of the prompt; none where single items are asked for."""
+    gain_C: FloatArray | None = None
+    """Gain of each candidate for the need; 0 where it was not observed."""
+    observed_C: BoolArray | None = None
+    """Candidates whose gain was observed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,14 +27,14 @@ LIST_WORD: Final = "<list>"
 """Begins a list: the last token of the prompt, or of the free text before the list."""
 
 
-def need_word(need: str) -> str:
-    """The word that says a need."""
-    return f"<need:{need}>"
+def need_word(word: str) -> str:
+    """The token of a word of a need's instruction."""
+    return f"<need:{word}>"
 
 
-def list_words(needs: Sequence[str]) -> tuple[str, ...]:
-    """The further words of a vocabulary for lists; a new need is added last, so that the others keep their ids."""
-    return (CANDIDATES_WORD, LIST_WORD, *(need_word(need) for need in needs))
+def list_words(instruction_words: Sequence[str]) -> tuple[str, ...]:
+    """The further words of a vocabulary for lists, given the words of all instructions."""
+    return (CANDIDATES_WORD, LIST_WORD, *(need_word(word) for word in instruction_words))
 
 
 class Vocabulary:

@@ -22,7 +22,7 @@ from data.errors import RequestError
 from data.importing import ImportRules, import_source
 from data.item_activity import ItemActivity
 from data.item_labels import ItemLabels
-from data.needs import BUILT_IN, GainRows, ItemFacts, Need, NeedSettings, load_needs
+from data.needs import BUILT_IN, GainRows, ItemFacts, Need, NeedSettings, instruction_words, load_needs
 from data.records import NO_ITEM
 from data.sources import TimeUnit
 from data.tabular import ColumnNames, table
@@ -144,7 +144,7 @@ def test_gains_of_the_user_are_loaded_by_path(facts: ItemFacts) -> None:
     ],
 )
 def test_gains_that_no_list_can_be_scored_with_are_refused(facts: ItemFacts, bad: np.ndarray, message: str) -> None:
-    need = Need(name="odd", function=lambda rows, facts: bad, window_s=1)
+    need = Need(name="odd", words=("odd",), function=lambda rows, facts: bad, window_s=1)
     with pytest.raises(RequestError, match=f"need odd: {message}"):
         need.gains(rows(), facts)
 
@@ -153,7 +153,10 @@ def test_needs_have_different_names() -> None:
     for wrong in ([], ["interest", "interest"]):
         with pytest.raises(RequestError, match="needs"):
             load_needs([NeedSettings(name=name) for name in wrong])
-    assert [need.name for need in load_needs([NeedSettings(name=name) for name in BUILT_IN])] == list(BUILT_IN)
+    needs = load_needs([NeedSettings(name=name) for name in BUILT_IN])
+    assert [need.name for need in needs] == list(BUILT_IN)
+    both = load_needs([NeedSettings(name="own", gain="tests.data.test_needs:halved", instruction=("niche", "new"))])
+    assert instruction_words([*needs, *both]) == ("interest", "explore", "trend", "niche", "new")
 
 
 def test_ratings_stay_beside_their_events(tmp_path: Path) -> None:
