@@ -79,6 +79,9 @@ class Prompt:
     """Ground truth item, or `NO_ITEM`."""
     timestamp: int = 0
     """Seconds; time of the target."""
+    scored_items: tuple[int, ...] = ()
+    """Items whose log-probabilities come back with the group, computed from the same pass over the prompt: a ground
+    truth, an anchor."""
     need: str = ""
     """What a list is for; the empty string where single items are asked for."""
     candidates: IntArray | None = None
@@ -132,6 +135,9 @@ class Groups:
     threshold_P: npt.NDArray[np.float64] | None = None
     """Of `sample_without_replacement` only: the largest perturbed log-probability that is not in the group, minus
     infinity where the group is everything legal."""
+    scored_logp_PMT: FloatArray | None = None
+    """Log-probabilities, like `logp_PGT`, of the `scored_items` of each prompt, 0 in the padding; minus infinity at
+    the first token that is not legal (an excluded item), and 0 after it. None where no prompt has such items."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -195,6 +201,8 @@ class Groups:
         Raises:
             ValueError: the parts do not come from the same request and catalogue.
         """
+        if any(part.scored_logp_PMT is not None for part in parts):
+            parts = [part._with_scores() for part in parts]
         first = parts[0]
         for part in parts[1:]:
             if (part.spec, part.constraint, part.catalogue_digest) != (
@@ -211,12 +219,27 @@ class Groups:
                 fill = -1 if field.name == "token_PGT" else 0
                 pads = [((0, 0), (0, 0), (0, tokens - a.shape[2])) for a in arrays]
                 arrays = [np.pad(a, pad, constant_values=fill) for a, pad in zip(arrays, pads, strict=True)]
+            if field.name == "scored_logp_PMT":
+                arrays = _padded_alike(arrays)
             joined[field.name] = np.concatenate(arrays)
         return dataclasses.replace(first, **joined)
+
+    def _with_scores(self) -> Groups:
+        """The same groups, with no scored items where they had none to have."""
+        if self.scored_logp_PMT is not None:
+            return self
+        return dataclasses.replace(self, scored_logp_PMT=np.zeros((len(self.prompt_id_P), 0, 0), np.float32))
 
     def _per_prompt_fields(self) -> list[dataclasses.Field[Any]]:
         fields = [f for f in dataclasses.fields(self) if f.name.split("_")[-1].startswith("P")]
         return [f for f in fields if getattr(self, f.name) is not None]
+
+
+def _padded_alike(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Zeros behind the last two axes, up to the largest of each."""
+    largest = np.max([array.shape[1:] for array in arrays], axis=0)
+    pads = [((0, 0), *((0, n - m) for n, m in zip(largest, array.shape[1:], strict=True))) for array in arrays]
+    return [np.pad(array, pad) for array, pad in zip(arrays, pads, strict=True)]
 
 
 class RewardFailure(StrEnum):

@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Logits `[N, V]` of the rows `parent_N` of the last call, continued by one token each: the new rows."""
         ...
 
+    def restart(self) -> None:
+        """The rows are the prompts of the last `prefill` again."""
+        ...
+
     def release(self) -> None:
         """Forget the prompts of the last `prefill`."""
         ...
@@ -62,6 +66,8 @@ class Completions(NamedTuple):
     valid_PS: Tensor
     threshold_P: Tensor
     """float64, the largest rank that a search dropped (see `Groups.threshold_P`); minus infinity for draws."""
+    scored_PMT: Tensor
+    """float32, see `data.records.Groups.scored_logp_PMT`."""
 
 
 def decode(
@@ -72,8 +78,12 @@ def decode(
     prompt_id_P: LongArray,
     exclusions: Sequence[IntArray],
     spec: DecodeSpec,
+    scored_PMT: Tensor | None = None,
 ) -> Completions:
     """Complete every prompt `spec.width` times.
+
+    Args:
+        scored_PMT: int64 `[P, M, T]`, padded with -1; completions whose log-probabilities are wanted too.
 
     Raises:
         RunError: the logits are not finite on a legal token, or the constraint has a dead end.
@@ -82,9 +92,20 @@ def decode(
     try:
         logits_PV = backend.prefill(prompts, spec.width, constraint.max_tokens - 1)
         if spec.decode is Decode.SAMPLE:
-            return _sample(backend, constraint, state, logits_PV, spec, prompt_id_P)
-        ranking = _Likelihood() if spec.decode is Decode.BEAM else _Perturbation(spec, prompt_id_P, logits_PV.device)
-        return _search(backend, constraint, state, logits_PV, spec, ranking)
+            done = _sample(backend, constraint, state, logits_PV, spec, prompt_id_P)
+        else:
+            beam = spec.decode is Decode.BEAM
+            ranking = _Likelihood() if beam else _Perturbation(spec, prompt_id_P, logits_PV.device)
+            done = _search(backend, constraint, state, logits_PV, spec, ranking)
+        if scored_PMT is None:
+            return done
+        scores = []
+        # As many at once as there is room for rows.
+        for first in range(0, scored_PMT.shape[1], spec.width):
+            some_PMT = scored_PMT[:, first : first + spec.width].to(logits_PV.device)
+            backend.restart()
+            scores.append(_score(backend, constraint, state, logits_PV, spec, some_PMT))
+        return done._replace(scored_PMT=torch.cat(scores, 1))
     finally:
         backend.release()
 
@@ -128,6 +149,7 @@ class _Slots:
     def finish(self, threshold_P: Tensor) -> Completions:
         return Completions(
             threshold_P=threshold_P,
+            scored_PMT=self.logp_PST[:, :0],
             token_PST=self.token_PST.masked_fill(~self.valid_PS[..., None], -1),
             logp_PST=self.logp_PST.masked_fill(~self.valid_PS[..., None], 0.0),
             length_PS=self.length_PS.masked_fill(~self.valid_PS, 0),
@@ -354,6 +376,42 @@ def _sample(
         state, parent_N, token_N = grown
         logits_NV = backend.extend(parent_N, token_N)
     raise RunError(f"a completion is not done after {constraint.max_tokens} tokens: the constraint breaks its limit")
+
+
+def _score(
+    backend: Backend,
+    constraint: Constraint[StateT],
+    state: StateT,
+    logits_NV: Tensor,
+    spec: DecodeSpec,
+    token_PMT: Tensor,
+) -> Tensor:
+    """Log-probabilities `[P, M, T]` of given completions; a completion ends at a token that is not legal."""
+    prompts, members, tokens = token_PMT.shape
+    slots = _Slots.empty(prompts, members, tokens, logits_NV.device)
+    for token_index in range(tokens):
+        wanted_PM = token_PMT[..., token_index] >= 0
+        live_PM = wanted_PM & (slots.row_PS >= 0)
+        if not bool(live_PM.any()):
+            break
+        legal = constraint.legal(state)
+        logp_NC = policy_logp(logits_NV, legal, spec.temperature)
+        row_M, token_M = slots.row_PS[live_PM], token_PMT[..., token_index][live_PM]
+        same_MC = (legal.token_NC[row_M] == token_M[:, None]) & legal.legal_NC[row_M]
+        logp_M = logp_NC[row_M].masked_fill(~same_MC, -torch.inf).max(1).values
+        legal_M = same_MC.any(1)
+        slots.logp_PST[..., token_index][live_PM] = logp_M
+        goes_PM = live_PM.clone()
+        goes_PM[live_PM] = legal_M
+        slots.row_PS[~goes_PM] = -1
+        if not bool(legal_M.any()):
+            break
+        grown = _grow(constraint, state, slots, goes_PM, row_M[legal_M], token_M[legal_M], logp_M[legal_M])
+        if grown is None or token_index + 1 == tokens:
+            break
+        state, parent_N, token_N = grown
+        logits_NV = backend.extend(parent_N, token_N)
+    return slots.logp_PST
 
 
 def policy_logp(logits_NV: Tensor, legal: LegalSets, temperature: float) -> Tensor:

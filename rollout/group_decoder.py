@@ -71,6 +71,11 @@ class GroupDecoder:
                     f"{len(ids)} tokens",
                     f"1 to {longest} (rollout.max_model_len {self.max_model_len} less the completion)",
                 )
+            for item in prompt.scored_items:
+                if not 0 <= item < len(self._trie.item_leaf_I) or self._trie.item_leaf_I[item] < 0:
+                    raise RequestError(
+                        f"prompt {prompt.prompt_id}, scored_items", item, "items of the catalogue that are not retired"
+                    )
             if ids.min() < 0 or ids.max() >= self._vocabulary_size:
                 raise RequestError(
                     f"prompt {prompt.prompt_id}",
@@ -111,6 +116,7 @@ class GroupDecoder:
     ) -> Groups:
         """Decode the prompts, `chunks` of them at a time; call `check` first."""
         constraint = self._constraint(prompts, spec, exclude)
+        most = max(len(prompt.scored_items) for prompt in prompts)
         parts = []
         for chunk in chunks:
             some = prompts[chunk]
@@ -122,6 +128,7 @@ class GroupDecoder:
                     prompt_id_P=np.array([prompt.prompt_id for prompt in some], np.int64),
                     exclusions=[prompt.exclusions for prompt in some],
                     spec=spec,
+                    scored_PMT=self._paths(some, most) if most else None,
                 )
             )
         done = Completions(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
@@ -142,7 +149,21 @@ class GroupDecoder:
             constraint=constraint.spec,
             catalogue_digest=self._digest,
             threshold_P=done.threshold_P.numpy() if spec.decode is Decode.SAMPLE_WITHOUT_REPLACEMENT else None,
+            scored_logp_PMT=done.scored_PMT.numpy() if most else None,
         )
+
+    def _paths(self, prompts: Sequence[Prompt], most: int) -> torch.Tensor:
+        """Tokens of the scored items, int64 `[P, M, T]` padded with -1."""
+        trie = self._trie
+        item_PM = torch.full((len(prompts), most), NO_ITEM)
+        for row, prompt in enumerate(prompts):
+            item_PM[row, : len(prompt.scored_items)] = torch.tensor(prompt.scored_items, dtype=torch.long)
+        leaf_PM = torch.where(item_PM >= 0, trie.item_leaf_I[item_PM.clamp(min=0)], -1)
+        # From the root down: the ancestors come from the leaf up, with -1 where there are none.
+        node_XD = trie.ancestors(leaf_PM.flatten()).flip(1)
+        token_XD = torch.where(node_XD > 0, trie.token_E[(node_XD - 1).clamp(min=0)], -1)
+        order_XD = (token_XD < 0).int().argsort(dim=1, stable=True)
+        return token_XD.gather(1, order_XD)[:, : trie.depth].view(*item_PM.shape, trie.depth)
 
     def _constraint(self, prompts: Sequence[Prompt], spec: DecodeSpec, exclude: bool | None) -> Constraint[Any]:
         if not spec.constrained:

@@ -37,6 +37,7 @@ class TableBackend:
         self.vocabulary_size = vocabulary_size
         self.sharpness = sharpness
         self.rows: list[Path] = []
+        self.prompts: list[Path] = []
         self.most_rows = 0
 
     def logits(self, tokens: Path) -> np.ndarray:
@@ -47,7 +48,8 @@ class TableBackend:
         return torch.from_numpy(np.stack([known[row] for row in self.rows])).float()
 
     def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> torch.Tensor:
-        self.rows = [tuple(map(int, prompt)) for prompt in prompts]
+        self.prompts = [tuple(map(int, prompt)) for prompt in prompts]
+        self.restart()
         self.most_rows = rows * len(prompts)
         return self._all()
 
@@ -56,6 +58,9 @@ class TableBackend:
         assert len(set(pairs)) == len(pairs) <= self.most_rows
         self.rows = [(*self.rows[parent], token) for parent, token in pairs]
         return self._all()
+
+    def restart(self) -> None:
+        self.rows = list(self.prompts)
 
     def release(self) -> None:
         self.rows = []
@@ -200,6 +205,9 @@ class ChainBackend:
 
     def extend(self, parent_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
         return self.table_VV[token_N]
+
+    def restart(self) -> None:
+        pass
 
     def release(self) -> None:
         pass

@@ -145,6 +145,39 @@ def test_draws_without_replacement_differ_and_carry_weights(
         np.testing.assert_allclose(groups.importance_weight_PG[row], np.exp(logp_G) / inclusion_G, rtol=1e-3)
 
 
+@pytest.mark.parametrize("decode", list(Decode))
+def test_given_items_are_scored_in_the_same_prefill(
+    engine: Engine, catalogue: Catalogue, oracle: PolicyOracle, decode: Decode
+) -> None:
+    """More items than the group is wide, different numbers of them, one that is excluded, one given twice."""
+    plain = random_prompts(catalogue, [33, 5, 64, 20], seed=14, excluded=6)
+    spec = DecodeSpec(decode=decode, width=2, temperature=0.7, seed=1)
+    free = [np.setdiff1d(np.arange(catalogue.n_items), prompt.exclusions) for prompt in plain]
+    items = [(*free[0][[3, 9, 3, 20]],), (), (int(plain[2].exclusions[0]), *free[2][:1]), (*free[3][-1:],)]
+    prompts = [
+        dataclasses.replace(prompt, scored_items=tuple(map(int, given)))
+        for prompt, given in zip(plain, items, strict=True)
+    ]
+    groups = engine.generate(prompts, spec)
+    assert same_bits(groups, engine.generate(plain, spec))
+    assert groups.scored_logp_PMT is not None
+    assert groups.scored_logp_PMT.shape == (4, 4, 3)
+    for row, prompt in enumerate(prompts):
+        exact = dict(all_items(oracle(prompt), allowed_paths(catalogue, prompt.exclusions), 0.7))
+        paths = {item: path for path, item in allowed_paths(catalogue).items()}
+        for member in range(4):
+            logp_T = groups.scored_logp_PMT[row, member]
+            if member >= len(prompt.scored_items):
+                assert (logp_T == 0).all()
+            elif prompt.scored_items[member] in prompt.exclusions:
+                assert logp_T.sum() == -np.inf
+            else:
+                assert logp_T.sum() == pytest.approx(exact[paths[prompt.scored_items[member]]], abs=1e-4)
+    halves = Groups.concat([groups.take(np.array([0, 2])), engine.generate(prompts[1:2], spec)])
+    assert halves.scored_logp_PMT is not None
+    assert halves.scored_logp_PMT.shape == (3, 4, 3)
+
+
 def test_unconstrained_beams(engine: Engine, catalogue: Catalogue, oracle: PolicyOracle) -> None:
     prompts = random_prompts(catalogue, [33, 12], seed=4, excluded=5)
     groups = engine.generate(prompts, dataclasses.replace(BEAM, constrained=False))
@@ -270,6 +303,7 @@ def test_wrong_requests_are_named(engine: Engine, catalogue: Catalogue) -> None:
     refused("prompt 77: token ids", [dataclasses.replace(prompt, token_ids=np.array([-1], np.int32))])
     free = dataclasses.replace(BEAM, decode=Decode.SAMPLE_WITHOUT_REPLACEMENT, constrained=False)
     refused("without the constraint; legal: beam, sample", [prompt], free)
+    refused("prompt 77, scored_items: 60", [dataclasses.replace(prompt, scored_items=(3, 60))])
     refused("both above 0", [prompt], dataclasses.replace(BEAM, temperature=0.0))
     with pytest.raises(RequestError, match="sequence 0"):
         engine.score([prompt.token_ids], [empty])
