@@ -27,11 +27,11 @@ class LegalSets(NamedTuple):
     token_NC: Tensor
     """int64 [N, C] token ids in increasing order, padded with 0."""
     legal_NC: Tensor
-    """bool [N, C], true on the legal ones; a prefix of each row unless items are excluded."""
+    """bool [N, C], true on the legal ones; a prefix of each row unless a list is ranked or items are excluded."""
 
 
 class Constraint(Protocol[StateT]):
-    """What may be generated. Implementations: `data.trie_constraint`."""
+    """What may be generated. Implementations: `data.trie_constraint`, `data.list_constraint`."""
 
     @property
     def spec(self) -> str:
@@ -43,8 +43,11 @@ class Constraint(Protocol[StateT]):
         """Length of the longest completion."""
         ...
 
-    def start(self, exclusions: Sequence[IntArray]) -> StateT:
-        """One state per prompt, before the first token; `exclusions` are the item ids each prompt may not get."""
+    def start(self, items: Sequence[IntArray], /) -> StateT:
+        """One state per prompt, before the first token.
+
+        `items` are the item ids that each prompt brings: those it may not get, or the candidates of its list.
+        """
         ...
 
     def legal(self, state: StateT) -> LegalSets:

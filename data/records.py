@@ -25,6 +25,12 @@ NO_ITEM = -1
 """Item id of a completion that maps to no item of the catalogue, and of an absent ground truth."""
 
 
+FORMAT_SEGMENT = -1
+"""Segment of a token that belongs to no item of its list: free text, and the token that begins the list."""
+NO_SEGMENT = -2
+"""Segment of a position that holds no token."""
+
+
 class Decode(StrEnum):
     """How a group was decoded. Recorded with every group, because beams are not samples."""
 
@@ -90,6 +96,23 @@ class Prompt:
     """Gain of each candidate for the need; 0 where it was not observed."""
     observed_C: BoolArray | None = None
     """Candidates whose gain was observed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSpec:
+    """Which lists an engine is asked for."""
+
+    candidates: int
+    """Most candidates of a prompt."""
+    length: int = 0
+    """Items of a list; 0 ranks all candidates."""
+    text_tokens: int = 0
+    """Most tokens of free text before the list; 0 begins with the list."""
+
+    @property
+    def width(self) -> int:
+        """Items of the longest list."""
+        return self.length or self.candidates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import Finish, Kind, ScoredGroups
+from data.records import NO_SEGMENT, Finish, Kind, ScoredGroups
 from trainer.trees import Completions
 
 KIND_CODE = {
@@ -24,7 +24,7 @@ KIND_CODE = {
 }
 """Codes of `kind_PG`."""
 
-PADDING = -2
+PADDING = NO_SEGMENT
 """Segment of a position that holds no token."""
 
 
@@ -37,7 +37,7 @@ class Members:
     kind_PG: Tensor
     """int64 `KIND_CODE`; rank-based stages look at valid rollouts only."""
     segment_PGT: Tensor
-    """int64: rank in the list of the token's item, -1 for format tokens, `PADDING` for none."""
+    """int64: rank in the list of the token's item, `FORMAT_SEGMENT` for format tokens, `PADDING` for none."""
 
     @property
     def rollout_PG(self) -> Tensor:
