@@ -21,7 +21,7 @@ from pydantic import Field
 
 from launch.bench.child import Child, Functions
 from launch.bench.frame import Local, Way, answer, paired, ratio
-from launch.bench.settings import BenchSettings
+from launch.bench.settings import BenchSettings, Device
 from launch.bench.trie import measure_trie
 
 GOAL_MIB: Final = 2048
@@ -53,6 +53,7 @@ def data_command(
     settings: Annotated[DataBench, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
     """Time an import and its peak memory, and the legal sets of the item trie."""
+    settings.check_device(Device.CPU)
     with tempfile.TemporaryDirectory(prefix="windlass-import-") as folder:
         path = Path(folder) / f"events.{settings.kind.value}"
         write_events(path, settings.rows, settings.seed)

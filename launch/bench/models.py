@@ -95,9 +95,10 @@ def bench_model(settings: BenchSettings) -> Iterator[BenchModel]:
     """The model of `--model`, a preset in a temporary folder while the context is open.
 
     Raises:
-        RequestError: neither a preset nor a model folder with a catalogue, or a prompt, a width or a number of levels
-            that does not fit the model.
+        RequestError: neither a preset nor a model folder with a catalogue, a device that is not there, or a prompt or a
+            width that does not fit the model.
     """
+    settings.check_device()
     with tempfile.TemporaryDirectory(prefix="windlass-bench-") as temporary:
         if settings.model in PRESETS:
             folder = Path(temporary) / settings.model

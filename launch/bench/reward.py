@@ -50,6 +50,7 @@ def reward_command(
     settings: Annotated[RewardBench, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
     """Time the rewards of a batch of groups, at once and list by list."""
+    settings.check_device(Device.CPU)
     catalogue = bench_catalogue(settings)
     prompts, groups = random_groups(settings, catalogue)
     ceiling = matmul_ceiling_tflops(torch.float32, threads=settings.threads, device=Device.CPU)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data.errors import RequestError
 from data.settings import Settings
@@ -52,14 +52,19 @@ class BenchSettings(Settings):
     seed: int = Field(0, ge=0)
     """Of weights, catalogue, prompts and draws."""
 
-    @model_validator(mode="after")
-    def _device_is_there(self) -> Self:
+    def check_device(self, *possible: Device) -> None:
+        """Refuse a device that is not there, or none of the `possible` ones where some are named.
+
+        Raises:
+            RequestError: names what there is.
+        """
+        if possible and self.device not in possible:
+            raise RequestError("--device", self.device, f"{', '.join(possible)}: nothing else runs this")
         if self.device is Device.CUDA:
             import torch
 
             if not torch.cuda.is_available():
                 raise RequestError("--device", "cuda, and no card is usable here", "cpu")
-        return self
 
     def record(self) -> dict[str, Any]:
         """The settings as they stand in the answer."""
