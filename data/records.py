@@ -60,6 +60,10 @@ class Finish(StrEnum):
 
     ITEM = "item"
     """It reached a leaf of the item trie."""
+    LIST = "list"
+    """It placed every item of its list."""
+    LIST_TEXT_CUT = "list_text_cut"
+    """The same, but its free text was ended by the limit."""
     LENGTH = "length"
     """It reached the token limit (unconstrained decoding only)."""
     ABSENT = "absent"
@@ -131,6 +135,8 @@ class DecodeSpec:
     """False decodes over the whole vocabulary for `max_tokens` tokens, to measure the invalid rate."""
     max_tokens: int = 0
     """Token limit of unconstrained decoding; 0 means the depth of the trie."""
+    lists: ListSpec | None = None
+    """Ranked lists of the prompts' candidates; none generates single items of the catalogue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +150,7 @@ class Groups:
     """Completion tokens, padded with -1."""
     length_PG: IntArray
     item_PG: IntArray
-    """Item of the completion (`NO_ITEM` when it maps to none); the first item of a shared leaf."""
+    """Item of the completion (`NO_ITEM` when it maps to none); the first item of a shared leaf, and of a list."""
     logp_PGT: FloatArray
     """Behaviour log-probabilities of the renormalised policy at the rollout temperature; 0 in the padding."""
     finish_PG: npt.NDArray[np.str_]
@@ -153,7 +159,7 @@ class Groups:
     engine_id_P: npt.NDArray[np.str_]
     spec: DecodeSpec
     constraint: str
-    """Specification of the constraint, e.g. `item_trie` or `item_trie-exclusions`."""
+    """Specification of the constraint, e.g. `item_trie`, `item_trie-exclusions` or `list-all-of-30`."""
     catalogue_digest: str
     threshold_P: npt.NDArray[np.float64] | None = None
     """Of `sample_without_replacement` only: the largest perturbed log-probability that is not in the group, minus
@@ -161,6 +167,11 @@ class Groups:
     scored_logp_PMT: FloatArray | None = None
     """Log-probabilities, like `logp_PGT`, of the `scored_items` of each prompt, 0 in the padding; minus infinity at
     the first token that is not legal (an excluded item), and 0 after it. None where no prompt has such items."""
+    item_PGK: IntArray | None = None
+    """Of ranked lists only: their items in order, `NO_ITEM` behind the last and in empty slots."""
+    segment_PGT: IntArray | None = None
+    """Of ranked lists only: rank of the item that each token belongs to, `FORMAT_SEGMENT` for the tokens of no item,
+    `NO_SEGMENT` in the padding."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -239,7 +250,7 @@ class Groups:
         for field in first._per_prompt_fields():
             arrays = [getattr(part, field.name) for part in parts]
             if field.name.endswith("_PGT"):
-                fill = -1 if field.name == "token_PGT" else 0
+                fill = {"token_PGT": -1, "segment_PGT": NO_SEGMENT}.get(field.name, 0)
                 pads = [((0, 0), (0, 0), (0, tokens - a.shape[2])) for a in arrays]
                 arrays = [np.pad(a, pad, constant_values=fill) for a, pad in zip(arrays, pads, strict=True)]
             if field.name == "scored_logp_PMT":
