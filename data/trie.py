@@ -253,6 +253,13 @@ class ItemTrie:
             length_N = torch.where(reached_N, t + 1, length_N)
         return item_N, length_N
 
+    def level_tokens(self, depth: int) -> Tensor:
+        """int64, the tokens of all edges from the nodes of a depth, increasing."""
+        # The edge into node v is v - 1, and the nodes of a depth are neighbours.
+        start, stop = self.level_start[depth + 1 : depth + 3]
+        tokens: Tensor = torch.unique(self.token_E[start - 1 : stop - 1])
+        return tokens
+
     def ancestors(self, node_N: Tensor) -> Tensor:
         """int64 [N, depth+1]: the node itself, its parent, … the root, then -1."""
         columns = [node_N]

@@ -24,6 +24,7 @@ from data.constraint import Constraint, LegalSets
 from data.errors import RunError
 from data.records import NO_ITEM, Decode, DecodeSpec, IntArray, LongArray
 from rollout.random import uniforms
+from rollout.rankings import Likelihood, Perturbation, Ranking
 
 StateT = TypeVar("StateT")
 
@@ -34,14 +35,17 @@ _MAX_VOCABULARY = 2**32
 class Backend(Protocol):
     """Computes the next-token logits of prefixes that grow one token at a time."""
 
-    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[IntArray], rows: int, new_tokens: int, vocabulary_V: Tensor | None = None
+    ) -> Tensor:
         """Logits `[P, V]` after each prompt; becomes rows 0..P-1.
 
-        At most `rows` rows per prompt and `new_tokens` extensions follow.
+        At most `rows` rows per prompt and `new_tokens` extensions follow. With `vocabulary_V` the columns are the
+        logits of those tokens; by default those of the whole vocabulary.
         """
         ...
 
-    def extend(self, parent_N: Tensor, token_N: Tensor) -> Tensor:
+    def extend(self, parent_N: Tensor, token_N: Tensor, vocabulary_V: Tensor | None = None) -> Tensor:
         """Logits `[N, V]` of the rows `parent_N` of the last call, continued by one token each: the new rows."""
         ...
 
@@ -78,25 +82,29 @@ def decode(
     prompt_id_P: LongArray,
     exclusions: Sequence[IntArray],
     spec: DecodeSpec,
+    levels: Sequence[Tensor] | None = None,
     scored_PMT: Tensor | None = None,
 ) -> Completions:
     """Complete every prompt `spec.width` times.
 
     Args:
+        levels: per token of a completion, the tokens (increasing) that the constraint can ever allow there; by default
+            logits of the whole vocabulary are computed.
         scored_PMT: int64 `[P, M, T]`, padded with -1; completions whose log-probabilities are wanted too.
 
     Raises:
         RunError: the logits are not finite on a legal token, or the constraint has a dead end.
     """
     state = constraint.start(exclusions)
+    head = _Head(levels)
     try:
-        logits_PV = backend.prefill(prompts, spec.width, constraint.max_tokens - 1)
+        logits_PV = backend.prefill(prompts, spec.width, constraint.max_tokens - 1, head.vocabulary(0))
         if spec.decode is Decode.SAMPLE:
-            done = _sample(backend, constraint, state, logits_PV, spec, prompt_id_P)
+            done = _sample(backend, constraint, state, logits_PV, spec, head, prompt_id_P)
         else:
             beam = spec.decode is Decode.BEAM
-            ranking = _Likelihood() if beam else _Perturbation(spec, prompt_id_P, logits_PV.device)
-            done = _search(backend, constraint, state, logits_PV, spec, ranking)
+            ranking = Likelihood() if beam else Perturbation(spec, prompt_id_P, logits_PV.device)
+            done = _search(backend, constraint, state, logits_PV, spec, head, ranking)
         if scored_PMT is None:
             return done
         scores = []
@@ -104,7 +112,7 @@ def decode(
         for first in range(0, scored_PMT.shape[1], spec.width):
             some_PMT = scored_PMT[:, first : first + spec.width].to(logits_PV.device)
             backend.restart()
-            scores.append(_score(backend, constraint, state, logits_PV, spec, some_PMT))
+            scores.append(_score(backend, constraint, state, logits_PV, spec, head, some_PMT))
         return done._replace(scored_PMT=torch.cat(scores, 1))
     finally:
         backend.release()
@@ -158,78 +166,21 @@ class _Slots:
         )
 
 
-class _Ranking(Protocol):
-    """What a search keeps the largest of."""
+class _Head:
+    """For which tokens logits are computed, and in which columns they stand."""
 
-    def root(self, prompts: int) -> Tensor:
-        """float64 `[P]` of the empty completions."""
-        ...
+    def __init__(self, levels: Sequence[Tensor] | None) -> None:
+        self._levels = levels
 
-    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
-        """float64 `[N, C]` of the continuations.
+    def vocabulary(self, token_index: int) -> Tensor | None:
+        return None if self._levels is None else self._levels[token_index]
 
-        Args:
-            rank_N: of the prefixes.
-            place_N: prompt and slot of the prefixes, as `prompt * width + slot`.
-            score_N: log-probability of the prefixes.
-            logp_NC: of the continuations.
-            token: number of tokens of the prefixes.
-        """
-        ...
-
-
-class _Likelihood:
-    """Beam search: the most probable prefixes."""
-
-    def root(self, prompts: int) -> Tensor:
-        return torch.zeros(prompts, dtype=torch.float64)
-
-    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
-        return score_N[:, None] + logp_NC.double()
-
-
-class _Perturbation:
-    """Stochastic beam search: the prefixes with the largest Gumbel-perturbed log-probabilities.
-
-    Every completion has a perturbed log-probability `G = log p + Gumbel noise`, independent of the others, and the
-    `width` largest are a sample without replacement. A prefix has the maximum of its completions, which is itself
-    Gumbel distributed around the prefix's log-probability; children are drawn given that their maximum is their
-    parent's. The root is drawn too, not fixed, because the threshold has to be that of independent noise.
-
-    Source: Kool, van Hoof, Welling: Stochastic Beams and Where to Find Them (ICML 2019), sections 3 and 4, appendix B.
-    """
-
-    def __init__(self, spec: DecodeSpec, prompt_id_P: LongArray, device: torch.device) -> None:
-        self._spec = spec
-        self._prompt_id_P = prompt_id_P
-        self._device = device
-
-    def _gumbel(self, members: int, token: int) -> Tensor:
-        uniform_PM = torch.from_numpy(
-            uniforms(
-                seed=self._spec.seed,
-                step=self._spec.step,
-                prompt_id_P=self._prompt_id_P,
-                members=members,
-                token=token,
-            )
-        )
-        # Half a step of the generator away from 0, whose double logarithm is infinite.
-        return -(-(uniform_PM + 2.0**-54).log()).log().to(self._device)
-
-    def root(self, prompts: int) -> Tensor:
-        return self._gumbel(1, 0)[:, 0]
-
-    def children(self, rank_N: Tensor, place_N: Tensor, score_N: Tensor, logp_NC: Tensor, token: int) -> Tensor:
-        # A prefix has the draws of its slot, so they do not depend on how many rows there are.
-        width, branches = self._spec.width, logp_NC.shape[1]
-        noise_NC = self._gumbel(width * branches, token + 1).view(-1, branches)[place_N]
-        free_NC = score_N[:, None] + logp_NC.double() + noise_NC
-        peak_N1 = free_NC.max(1, keepdim=True).values
-        below_NC = torch.log(-torch.expm1(free_NC - peak_N1))
-        shift_NC = rank_N[:, None] - free_NC + below_NC
-        bound_NC = rank_N[:, None] - shift_NC.clamp(min=0) - (-shift_NC.abs()).exp().log1p()
-        return bound_NC.masked_fill(free_NC == -torch.inf, -torch.inf)
+    def columns(self, legal: LegalSets, token_index: int) -> LegalSets:
+        """The legal sets, with columns of the logits for tokens."""
+        if self._levels is None:
+            return legal
+        # What only pads a row may be no token of the level: any column does for it.
+        return legal._replace(token_NC=torch.searchsorted(self._levels[token_index], legal.token_NC))
 
 
 def _search(
@@ -238,7 +189,8 @@ def _search(
     state: StateT,
     logits_NV: Tensor,
     spec: DecodeSpec,
-    ranking: _Ranking,
+    head: _Head,
+    ranking: Ranking,
 ) -> Completions:
     """Keep the best of a ranking at every level; a completed hypothesis keeps competing with the rank it has."""
     prompts, device = logits_NV.shape[0], logits_NV.device
@@ -248,9 +200,9 @@ def _search(
     # What is dropped at any level stands for completions that are not in the answer.
     threshold_P = torch.full_like(rank_PS[:, 0], -torch.inf)
     prompt_P1 = torch.arange(prompts, device=device)[:, None]
-    for token in range(constraint.max_tokens):
+    for token_index in range(constraint.max_tokens):
         legal = constraint.legal(state)
-        logp_NC = policy_logp(logits_NV, legal, spec.temperature)
+        logp_NC = policy_logp(logits_NV, head.columns(legal, token_index), spec.temperature)
         live_PS = slots.row_PS >= 0
         row_PS = slots.row_PS.clamp(min=0)
         # Every live slot has a row of its own.
@@ -258,7 +210,7 @@ def _search(
         slot_N[slots.row_PS[live_PS]] = live_PS.flatten().nonzero()[:, 0]
         place_PS = prompt_P1 * spec.width + torch.arange(row_PS.shape[1], device=device)
         rank_N, score_N, place_N = (values_PS.flatten()[slot_N] for values_PS in (rank_PS, score_PS, place_PS))
-        rank_NC = ranking.children(rank_N, place_N, score_N, logp_NC, token)
+        rank_NC = ranking.children(rank_N, place_N, score_N, logp_NC, token_index)
         # One more than can be chosen, so that the best that is dropped is known.
         best_NK = stable_top(rank_NC, min(spec.width + 1, rank_NC.shape[1]))
         rank_NK, logp_NK = rank_NC.gather(1, best_NK), logp_NC.gather(1, best_NK)
@@ -300,7 +252,7 @@ def _search(
         if grown is None:
             return slots.finish(threshold_P)
         state, parent_N, token_N = grown
-        logits_NV = backend.extend(parent_N, token_N)
+        logits_NV = backend.extend(parent_N, token_N, head.vocabulary(token_index + 1))
     raise RunError(f"a completion is not done after {constraint.max_tokens} tokens: the constraint breaks its limit")
 
 
@@ -347,6 +299,7 @@ def _sample(
     state: StateT,
     logits_NV: Tensor,
     spec: DecodeSpec,
+    head: _Head,
     prompt_id_P: LongArray,
 ) -> Completions:
     """Independent draws by inversion of the distribution function, one keyed uniform per member and token."""
@@ -354,7 +307,7 @@ def _sample(
     slots = _Slots.empty(prompts, spec.width, constraint.max_tokens, device)
     for token_index in range(constraint.max_tokens):
         legal = constraint.legal(state)
-        logp_NC = policy_logp(logits_NV, legal, spec.temperature)
+        logp_NC = policy_logp(logits_NV, head.columns(legal, token_index), spec.temperature)
         mass_NC = logp_NC.double().exp().cumsum(1)
         uniform_PS = torch.from_numpy(
             uniforms(seed=spec.seed, step=spec.step, prompt_id_P=prompt_id_P, members=spec.width, token=token_index)
@@ -374,7 +327,7 @@ def _sample(
         if grown is None:
             return slots.finish(torch.full((prompts,), -torch.inf, dtype=torch.float64))
         state, parent_N, token_N = grown
-        logits_NV = backend.extend(parent_N, token_N)
+        logits_NV = backend.extend(parent_N, token_N, head.vocabulary(token_index + 1))
     raise RunError(f"a completion is not done after {constraint.max_tokens} tokens: the constraint breaks its limit")
 
 
@@ -384,6 +337,7 @@ def _score(
     state: StateT,
     logits_NV: Tensor,
     spec: DecodeSpec,
+    head: _Head,
     token_PMT: Tensor,
 ) -> Tensor:
     """Log-probabilities `[P, M, T]` of given completions; a completion ends at a token that is not legal."""
@@ -395,7 +349,7 @@ def _score(
         if not bool(live_PM.any()):
             break
         legal = constraint.legal(state)
-        logp_NC = policy_logp(logits_NV, legal, spec.temperature)
+        logp_NC = policy_logp(logits_NV, head.columns(legal, token_index), spec.temperature)
         row_M, token_M = slots.row_PS[live_PM], token_PMT[..., token_index][live_PM]
         same_MC = (legal.token_NC[row_M] == token_M[:, None]) & legal.legal_NC[row_M]
         logp_M = logp_NC[row_M].masked_fill(~same_MC, -torch.inf).max(1).values
@@ -410,7 +364,7 @@ def _score(
         if grown is None or token_index + 1 == tokens:
             break
         state, parent_N, token_N = grown
-        logits_NV = backend.extend(parent_N, token_N)
+        logits_NV = backend.extend(parent_N, token_N, head.vocabulary(token_index + 1))
     return slots.logp_PST
 
 

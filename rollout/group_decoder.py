@@ -15,17 +15,34 @@ import torch
 from data.catalogue import Catalogue
 from data.constraint import Constraint
 from data.errors import RequestError
+from data.list_constraint import ListConstraint
 from data.records import NO_ITEM, BoolArray, Decode, DecodeSpec, Finish, Groups, IntArray, Prompt
 from data.trie_constraint import TrieConstraint
 from rollout.decoding import Backend, Completions, decode
+from rollout.list_decoding import candidates_of, check_lists, list_constraint, with_lists
+from rollout.settings import HeadRows
 from rollout.unconstrained import Unconstrained
+
+_LARGE = 8
+"""A vocabulary this many times as large as a level is worth computing only the rows of the level for."""
 
 
 class GroupDecoder:
     """Decodes prompts under the constraints of one catalogue on one device."""
 
-    def __init__(self, catalogue: Catalogue, device: torch.device, *, vocabulary_size: int, max_model_len: int) -> None:
-        """Args: `vocabulary_size` is the number of logits of the model, `max_model_len` its longest sequence.
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        device: torch.device,
+        *,
+        vocabulary_size: int,
+        max_model_len: int,
+        head: HeadRows = HeadRows.ALL,
+    ) -> None:
+        """Args:
+            vocabulary_size: number of logits of the model.
+            max_model_len: its longest sequence.
+            head: for which tokens the backend is asked for logits under the constraint.
 
         Raises:
             RequestError: the model's vocabulary is smaller than the catalogue's.
@@ -34,19 +51,32 @@ class GroupDecoder:
             raise RequestError(
                 "model vocabulary", vocabulary_size, f"at least the catalogue's {catalogue.vocabulary.size} tokens"
             )
+        self._catalogue = catalogue
         self._trie = catalogue.trie().to(device)
         self._digest = catalogue.digest
         self._vocabulary_size = vocabulary_size
         self.max_model_len = max_model_len
+        levels = [self._trie.level_tokens(depth) for depth in range(self._trie.depth)]
+        large = vocabulary_size >= _LARGE * max(len(token_V) for token_V in levels)
+        self._levels = levels if head is HeadRows.LEVEL or (head is HeadRows.AUTO and large) else None
 
     @staticmethod
-    def load(hf_dir: Path, device: torch.device, *, vocabulary_size: int, max_model_len: int) -> GroupDecoder:
+    def load(
+        hf_dir: Path,
+        device: torch.device,
+        *,
+        vocabulary_size: int,
+        max_model_len: int,
+        head: HeadRows = HeadRows.ALL,
+    ) -> GroupDecoder:
         """The decoder for the catalogue inside an hf folder; raises RequestError where there is none."""
         catalogue = Catalogue.load(Path(hf_dir) / "catalogue")
-        return GroupDecoder(catalogue, device, vocabulary_size=vocabulary_size, max_model_len=max_model_len)
+        return GroupDecoder(catalogue, device, vocabulary_size=vocabulary_size, max_model_len=max_model_len, head=head)
 
     def completion_tokens(self, spec: DecodeSpec) -> int:
         """Tokens of the longest completion."""
+        if spec.lists is not None:
+            return list_constraint(self._trie, spec.lists, self._catalogue, self._vocabulary_size).max_tokens
         return self._trie.depth if spec.constrained else spec.max_tokens or self._trie.depth
 
     def check(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> None:
@@ -62,6 +92,7 @@ class GroupDecoder:
             raise RequestError("decode", f"width {spec.width}, temperature {spec.temperature}", "both above 0")
         if not prompts:
             raise RequestError("prompts", "none", "at least one")
+        check_lists(prompts, spec, self._catalogue)
         longest = self.max_model_len - self.completion_tokens(spec)
         for prompt in prompts:
             ids = prompt.token_ids
@@ -126,8 +157,9 @@ class GroupDecoder:
                     constraint,
                     prompts=[prompt.token_ids for prompt in some],
                     prompt_id_P=np.array([prompt.prompt_id for prompt in some], np.int64),
-                    exclusions=[prompt.exclusions for prompt in some],
+                    exclusions=candidates_of(some) if spec.lists else [prompt.exclusions for prompt in some],
                     spec=spec,
+                    levels=self._levels if spec.constrained and spec.lists is None else None,
                     scored_PMT=self._paths(some, most) if most else None,
                 )
             )
@@ -135,7 +167,7 @@ class GroupDecoder:
         valid_PG: BoolArray = done.valid_PS.numpy()
         item_PG: IntArray = done.item_PS.numpy().astype(np.int32)
         finish = np.where(item_PG == NO_ITEM, Finish.LENGTH.value, Finish.ITEM.value)
-        return Groups(
+        groups = Groups(
             prompt_id_P=np.array([prompt.prompt_id for prompt in prompts], np.int64),
             valid_PG=valid_PG,
             token_PGT=done.token_PST.numpy().astype(np.int32),
@@ -151,6 +183,7 @@ class GroupDecoder:
             threshold_P=done.threshold_P.numpy() if spec.decode is Decode.SAMPLE_WITHOUT_REPLACEMENT else None,
             scored_logp_PMT=done.scored_PMT.numpy() if most else None,
         )
+        return with_lists(groups, constraint, prompts) if isinstance(constraint, ListConstraint) else groups
 
     def _paths(self, prompts: Sequence[Prompt], most: int) -> torch.Tensor:
         """Tokens of the scored items, int64 `[P, M, T]` padded with -1."""
@@ -170,6 +203,8 @@ class GroupDecoder:
             return Unconstrained(
                 self._trie, vocabulary_size=self._vocabulary_size, max_tokens=self.completion_tokens(spec)
             )
+        if spec.lists is not None:
+            return list_constraint(self._trie, spec.lists, self._catalogue, self._vocabulary_size)
         return TrieConstraint(self._trie, exclude=has_exclusions(prompts) if exclude is None else exclude)
 
 

@@ -53,7 +53,9 @@ class ReferenceBackend:
             raise RequestError("model", f"layers of {', '.join(self._kinds)}", "full_attention, sliding_attention")
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[IntArray], rows: int, new_tokens: int, vocabulary_V: Tensor | None = None
+    ) -> Tensor:
         """Logits `[P, V]` after each prompt; the limits do not matter here, memory grows as needed."""
         from transformers import DynamicCache
 
@@ -73,10 +75,10 @@ class ReferenceBackend:
                 )
             )
         self._tree_N = torch.arange(len(prompts), device=self._device)
-        return torch.cat(logits)
+        return _columns(torch.cat(logits), vocabulary_V)
 
     @torch.inference_mode()
-    def extend(self, parent_N: Tensor, token_N: Tensor) -> Tensor:
+    def extend(self, parent_N: Tensor, token_N: Tensor, vocabulary_V: Tensor | None = None) -> Tensor:
         """Logits `[N, V]` of the rows continued by one token each."""
         tree_N = self._tree_N[parent_N]
         first_row_P = torch.searchsorted(self._tree_N, torch.arange(len(self._trees), device=self._device))
@@ -95,7 +97,7 @@ class ReferenceBackend:
         if bool((tree_N[1:] < tree_N[:-1]).any()):
             raise ValueError("rows must stay grouped by prompt")
         self._tree_N = tree_N
-        return logits_NV
+        return _columns(logits_NV, vocabulary_V)
 
     def _extend_tree(self, tree: _Tree, parent_M: Tensor, token_M: Tensor) -> Tensor:
         rows = len(token_M)
@@ -143,6 +145,10 @@ class ReferenceBackend:
         """Drop the caches."""
         self._trees = []
         self._tree_N = torch.empty(0, dtype=torch.long, device=self._device)
+
+
+def _columns(logits_NV: Tensor, vocabulary_V: Tensor | None) -> Tensor:
+    return logits_NV if vocabulary_V is None else logits_NV[:, vocabulary_V]
 
 
 class ReferenceEngine(ReceivingEngine):

@@ -27,6 +27,17 @@ class EngineDtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class HeadRows(StrEnum):
+    """For which tokens the head of the model is computed under the constraint."""
+
+    AUTO = "auto"
+    """`level` where the vocabulary is at least eight times as large as the tokens that can follow anywhere."""
+    ALL = "all"
+    """The whole vocabulary."""
+    LEVEL = "level"
+    """The tokens that can follow at the depth at hand."""
+
+
 class RolloutSettings(Settings):
     """The rollout fleet: engines, decoding, memory, deadlines."""
 
@@ -43,6 +54,9 @@ class RolloutSettings(Settings):
     """Group size: beams or samples per prompt."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Divides the logits before the softmax over the legal continuations."""
+    head: HeadRows = HeadRows.AUTO
+    """Rows of the head that are multiplied under the constraint (vllm only): `all`, `level` (the tokens that can follow
+    at a depth; the same log-probabilities for less work), or `auto` (`level` for large vocabularies)."""
     shard_size: int = Field(32, ge=1)
     """Prompts an engine is handed at once; the free engine takes the next shard."""
     prompts_per_forward: int = Field(64, ge=1)

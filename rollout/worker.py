@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import RequestError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
-from rollout import vllm_internals as internals
+from rollout import vllm_forward
 from rollout.branches import Branches, PromptStore
 from rollout.group_decoder import GroupDecoder
 from rollout.paging import WaveLimits, plan_chunks, plan_waves
-from rollout.settings import RolloutSettings
+from rollout.settings import HeadRows, RolloutSettings
 from rollout.weight_transfer import WeightReceiver
 
 LOGITS_BYTES = 2**30
@@ -32,7 +33,7 @@ LOGITS_BYTES = 2**30
 class BranchBackend:
     """`rollout.decoding.Backend` on the model of a vLLM worker, with keys and values in memory of its own."""
 
-    def __init__(self, view: internals.RunnerView, settings: RolloutSettings, *, vocabulary_size: int) -> None:
+    def __init__(self, view: vllm_forward.RunnerView, settings: RolloutSettings, *, vocabulary_size: int) -> None:
         self._view = view
         self._settings = settings
         self._store = PromptStore(view.shapes, dtype=view.dtype, device=view.device)
@@ -44,7 +45,9 @@ class BranchBackend:
             rows=LOGITS_BYTES // (4 * vocabulary_size),
         )
 
-    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[IntArray], rows: int, new_tokens: int, vocabulary_V: Tensor | None = None
+    ) -> Tensor:
         """Logits `[P, V]` after each prompt."""
         lengths = [len(prompt) for prompt in prompts]
         branches = Branches(self._store, lengths, rows=rows, device=self._view.device)
@@ -56,7 +59,7 @@ class BranchBackend:
         for chunk in self._chunks([lengths[prompt] for prompt in branches.order]):
             some = [prompts[prompt] for prompt in branches.order[chunk]]
             last_P = torch.tensor([len(prompt) for prompt in some]).cumsum(0) - 1
-            logits.append(self._compute(some, last_P, partial(self._keep, start) if keeps else _forget))
+            logits.append(self._compute(some, last_P, partial(self._keep, start) if keeps else _forget, vocabulary_V))
             start += int(last_P[-1]) + 1
         self._branches = branches
         ordered_PV = torch.cat(logits)
@@ -82,22 +85,26 @@ class BranchBackend:
         self._store.write(layer, start, key_XKD, value_XKD)
 
     def _compute(
-        self, sequences: Sequence[IntArray], logit_M: Tensor, keep: Callable[[int, Tensor, Tensor], None]
+        self,
+        sequences: Sequence[IntArray],
+        logit_M: Tensor,
+        keep: Callable[[int, Tensor, Tensor], None],
+        vocabulary_V: Tensor | None = None,
     ) -> Tensor:
         lengths = [len(sequence) for sequence in sequences]
         if sum(lengths) > self._room[0] or len(lengths) > self._room[1]:
             self._room = (max(sum(lengths), self._room[0]), max(len(lengths), self._room[1]))
             self._caches = []
-            self._caches = internals.own_caches(self._view, *self._room)
+            self._caches = vllm_forward.own_caches(self._view, *self._room)
         token_X = torch.from_numpy(np.concatenate(list(sequences)).astype(np.int64))
-        return internals.prefill(self._view, token_X, lengths, self._caches, keep, logit_M)
+        return vllm_forward.prefill(self._view, token_X, lengths, self._caches, keep, logit_M, vocabulary_V)
 
-    def extend(self, parent_N: Tensor, token_N: Tensor) -> Tensor:
+    def extend(self, parent_N: Tensor, token_N: Tensor, vocabulary_V: Tensor | None = None) -> Tensor:
         """Logits `[N, V]` of the rows continued by one token each."""
         if self._branches is None:
             raise ValueError("extend before prefill")
         position_N = self._branches.grow(parent_N)
-        return internals.branch(self._view, token_N, position_N, self._branches.attend)
+        return vllm_forward.branch(self._view, token_N, position_N, self._branches.attend, vocabulary_V)
 
     def restart(self) -> None:
         """The rows are the prompts again."""
@@ -110,6 +117,13 @@ class BranchBackend:
         self._branches = None
 
 
+def _whole(head: HeadRows) -> HeadRows:
+    """The whole head, for a model whose head has no rows to choose from."""
+    if head is HeadRows.LEVEL:
+        raise RequestError("rollout.head", head.value, "auto or all: the logits are more than products with a matrix")
+    return HeadRows.ALL
+
+
 def _forget(layer: int, key_XKD: Tensor, value_XKD: Tensor) -> None:
     """Keep nothing."""
 
@@ -119,14 +133,14 @@ class RolloutWorker(WeightReceiver):
 
     windlass_backend: BranchBackend
     windlass_decoder: GroupDecoder
-    windlass_view: internals.RunnerView
+    windlass_view: vllm_forward.RunnerView
 
     def windlass_open(self, hf_dir: str, settings: RolloutSettings) -> None:
         """Load the catalogue and look at the model runner; called once, after the engine is up."""
         worker: Any = self
-        view = internals.view(worker.model_runner)
+        view = vllm_forward.view(worker.model_runner)
         if view.device.type == "cpu":
-            internals.use_fused_norms()
+            vllm_forward.use_fused_norms()
         config = worker.model_runner.vllm_config.model_config
         self.windlass_view = view
         self.windlass_backend = BranchBackend(view, settings, vocabulary_size=config.get_vocab_size())
@@ -135,6 +149,7 @@ class RolloutWorker(WeightReceiver):
             view.device,
             vocabulary_size=config.get_vocab_size(),
             max_model_len=config.max_model_len,
+            head=settings.head if vllm_forward.head_has_rows(view) else _whole(settings.head),
         )
 
     def windlass_generate(

@@ -43,21 +43,26 @@ class TableBackend:
     def logits(self, tokens: Path) -> np.ndarray:
         return np.random.default_rng(tokens).normal(size=self.vocabulary_size) * self.sharpness
 
-    def _all(self) -> torch.Tensor:
+    def _all(self, vocabulary_V: torch.Tensor | None) -> torch.Tensor:
         known = {row: self.logits(row) for row in set(self.rows)}
-        return torch.from_numpy(np.stack([known[row] for row in self.rows])).float()
+        logits_NV = torch.from_numpy(np.stack([known[row] for row in self.rows])).float()
+        return logits_NV if vocabulary_V is None else logits_NV[:, vocabulary_V]
 
-    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> torch.Tensor:
+    def prefill(
+        self, prompts: Sequence[IntArray], rows: int, new_tokens: int, vocabulary_V: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.prompts = [tuple(map(int, prompt)) for prompt in prompts]
         self.restart()
         self.most_rows = rows * len(prompts)
-        return self._all()
+        return self._all(vocabulary_V)
 
-    def extend(self, parent_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    def extend(
+        self, parent_N: torch.Tensor, token_N: torch.Tensor, vocabulary_V: torch.Tensor | None = None
+    ) -> torch.Tensor:
         pairs = list(zip(parent_N.tolist(), token_N.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs) <= self.most_rows
         self.rows = [(*self.rows[parent], token) for parent, token in pairs]
-        return self._all()
+        return self._all(vocabulary_V)
 
     def restart(self) -> None:
         self.rows = list(self.prompts)
@@ -73,6 +78,7 @@ def run(
     exclusions: Sequence[Sequence[int]] | None = None,
     ids: Sequence[int] | None = None,
     sharpness: float = 1.0,
+    level_head: bool = False,
 ) -> Completions:
     excluded = [np.array(sorted(rows), np.int32) for rows in exclusions or [()] * len(prompts)]
     trie = catalogue.trie()
@@ -84,6 +90,7 @@ def run(
         prompt_id_P=np.array(ids if ids is not None else range(len(prompts)), np.int64),
         exclusions=excluded,
         spec=spec,
+        levels=[trie.level_tokens(depth) for depth in range(trie.depth)] if level_head else None,
     )
 
 
@@ -105,12 +112,21 @@ def catalogues(draw: st.DrawFn) -> Catalogue:
     width=st.integers(1, 14),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     seed=st.integers(0, 10**6),
+    level_head=st.booleans(),
 )
-def test_beams_equal_the_slow_search(catalogue: Catalogue, width: int, temperature: float, seed: int) -> None:
+def test_beams_equal_the_slow_search(
+    catalogue: Catalogue, width: int, temperature: float, seed: int, level_head: bool
+) -> None:
     rng = np.random.default_rng(seed)
     prompts = [(seed, 1), (seed, 2), (seed, 3)]
     exclusions = [rng.choice(catalogue.n_items, rng.integers(0, catalogue.n_items), replace=False) for _ in prompts]
-    done = run(catalogue, prompts, DecodeSpec(decode=Decode.BEAM, width=width, temperature=temperature), exclusions)
+    done = run(
+        catalogue,
+        prompts,
+        DecodeSpec(decode=Decode.BEAM, width=width, temperature=temperature),
+        exclusions,
+        level_head=level_head,
+    )
     table = TableBackend(catalogue.vocabulary.size)
     for row, prompt in enumerate(prompts):
         allowed = allowed_paths(catalogue, exclusions[row])
@@ -136,6 +152,19 @@ def test_no_completion_depends_on_its_batch(catalogue: Catalogue, decode: Decode
         for field, one, other in zip(together, alone, shuffled, strict=True):
             assert torch.equal(field[index], one[0])
             assert torch.equal(field[index], other[place])
+
+
+@pytest.mark.parametrize("decode", list(Decode))
+def test_logits_of_the_level_alone_give_the_same_bits(decode: Decode) -> None:
+    catalogue = Catalogue.from_codes([[0, 0], [0, 1], [1], [2, 0, 0], [2, 0, 1], [2, 1, 0], [3, 3]])
+    prompts, spec = [(4, 1), (4, 2)], DecodeSpec(decode=decode, width=5, seed=1)
+    exclusions = [[0, 3], [6]]
+    for one, other in zip(
+        run(catalogue, prompts, spec, exclusions),
+        run(catalogue, prompts, spec, exclusions, level_head=True),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_a_width_that_covers_all_prefixes_ranks_the_catalogue() -> None:
@@ -200,10 +229,14 @@ class ChainBackend:
         self.table_VV = torch.from_numpy(np.random.default_rng(3).normal(size=(vocabulary_size,) * 2)).float() * 1.5
         self.prompts = prompts
 
-    def prefill(self, prompts: Sequence[IntArray], rows: int, new_tokens: int) -> torch.Tensor:
+    def prefill(
+        self, prompts: Sequence[IntArray], rows: int, new_tokens: int, vocabulary_V: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self.table_VV[0].expand(len(prompts), -1)
 
-    def extend(self, parent_N: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
+    def extend(
+        self, parent_N: torch.Tensor, token_N: torch.Tensor, vocabulary_V: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self.table_VV[token_N]
 
     def restart(self) -> None:

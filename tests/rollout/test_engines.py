@@ -25,7 +25,7 @@ from rollout import vllm_internals
 from rollout.engine import Engine
 from rollout.paging import WaveLimits
 from rollout.receiving import IN_TRANSIT
-from rollout.settings import RolloutSettings
+from rollout.settings import HeadRows, RolloutSettings
 from tests.rollout.oracles import NextLogits, all_items, allowed_paths, beam_search
 from tests.tiny_model import random_prompts
 
@@ -240,6 +240,37 @@ def test_equal_bits_whatever_the_chunks(
         vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
 
 
+@pytest.mark.parametrize("decode", list(Decode))
+def test_the_rows_of_the_level_give_the_same_completions(
+    vllm_engine: Any, catalogue: Catalogue, hf_dir: Path, vllm_settings: RolloutSettings, decode: Decode
+) -> None:
+    prompts = random_prompts(catalogue, LENGTHS, seed=12, excluded=3)
+    spec = DecodeSpec(decode=decode, width=8, seed=2)
+    whole = vllm_engine.generate(prompts, spec)
+    try:
+        vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings.model_copy(update={"head": HeadRows.LEVEL}))
+        levels = vllm_engine.generate(prompts, spec)
+        assert np.array_equal(levels.token_PGT, whole.token_PGT)
+        np.testing.assert_allclose(levels.logp_PGT, whole.logp_PGT, atol=1e-5)
+        alone = [vllm_engine.generate([prompt], spec) for prompt in prompts]
+        assert same_bits(levels, Groups.concat(alone))
+        backend = worker_of(vllm_engine).windlass_backend
+        level_V = catalogue.trie().level_tokens(1)
+        assert backend.prefill([prompt.token_ids for prompt in prompts], 1, 1, level_V).shape == (7, len(level_V))
+        backend.release()
+    finally:
+        vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
+
+
+def test_a_dead_end_is_an_error_and_nothing_else(engine: Engine, catalogue: Catalogue) -> None:
+    prompt, other = random_prompts(catalogue, [20, 30], seed=15)
+    whole = engine.generate([other], BEAM)
+    dead = dataclasses.replace(prompt, exclusions=np.arange(catalogue.n_items, dtype=np.int32))
+    with pytest.raises(RunError, match="prompt 0 of the batch: every item of the catalogue is excluded"):
+        engine.generate([dead, other], BEAM)
+    assert same_bits(engine.generate([other], BEAM), whole)
+
+
 def worker_of(vllm_engine: Any) -> Any:
     return vllm_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
@@ -341,7 +372,7 @@ def test_no_other_file_names_vllm_internals() -> None:
     allowed |= {f"from vllm import {name}" for name in public}
     for folder in ("data", "rollout", "reward", "trainer", "launch"):
         for path in (root / folder).glob("**/*.py"):
-            if path.name == "vllm_internals.py":
+            if path.name in ("vllm_internals.py", "vllm_forward.py"):
                 continue
             lines = [line.strip() for line in path.read_text().splitlines()]
             found = [line for line in lines if line.startswith(("import vllm", "from vllm"))]
