@@ -6,6 +6,7 @@ The floor is the time of the prompts and nothing else, the faster of two prefill
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,8 @@ def rollout_command(
 ) -> dict[str, Any]:
     """Time constrained beams of this engine, of vLLM's own ways and of transformers, beside prefill alone."""
     ways = settings.chosen_ways()
+    if settings.engine is EngineKind.VLLM and importlib.util.find_spec("vllm") is None:
+        raise RequestError("--engine", "vllm, which is not installed", EngineKind.REFERENCE)
     shapes = [(settings.prompt_len, settings.width)]
     if settings.sweep:
         shapes += [(length, width) for length in SWEEP_LENGTHS for width in SWEEP_WIDTHS]

@@ -120,6 +120,14 @@ def test_the_reference_engine_needs_no_vllm_ray_or_deepspeed(tmp_path: Path) -> 
     assert answer["check"]["shared_beams"] == 1.0  # type: ignore[index]
 
 
+def test_an_engine_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert cli.run(["bench", "rollout", "--model", "tiny"]) == 2
+    assert "--engine: vllm, which is not installed; legal: reference" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_all_ways_with_vllm(tmp_path: Path) -> None:
     require("vllm")
@@ -127,7 +135,3 @@ def test_all_ways_with_vllm(tmp_path: Path) -> None:
     assert answer["checked"] is True
     ways = answer["ways"]
     assert set(ways) == {"ours", "prefill", "vllm_prefill", "vllm_one_token", "vllm_beam_search", "transformers"}  # type: ignore[call-overload]
-
-
-def test_the_command_is_known() -> None:
-    assert cli.split_command(["bench", "rollout", "--help"]) == ("bench rollout", ["--help"])
