@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field
 
 from data.settings import Settings
@@ -43,11 +44,11 @@ class ResultPlot(Settings):
         )
 
     def svg(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """The plot of the rows; none where no line has two points."""
+        """The plot of the rows; none where no line has two points (one alone is a mark beside the others)."""
         drawn = {label: self.points(rows, place) for label, place in self.lines.items()}
-        drawn = {label: points for label, points in drawn.items() if len(points) > 1}
-        if not drawn:
+        if max(map(len, drawn.values())) < 2:
             return None
+        drawn = {label: points for label, points in drawn.items() if points}
 
         def draw(axes: Axes) -> None:
             for label, points in drawn.items():
@@ -56,6 +57,9 @@ class ResultPlot(Settings):
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             if self.log:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
             else:
                 axes.set_ylim(bottom=0)
             axes.set_xlabel(self.xlabel)
