@@ -100,7 +100,10 @@ class VllmEngine(ReceivingEngine):
             disable_log_stats=True,
             worker_extension_cls="rollout.worker.RolloutWorker",
             weight_transfer_config={"backend": BACKEND},
+            **({} if settings.adapter is None else internals.lora_arguments(adapter_rank(settings.adapter))),
         )
+        if settings.adapter is not None:
+            internals.add_lora(self._llm, settings.adapter)
         self.engine_id = engine_id
         self.weight_version = 0
         self._rpc("windlass_open", str(hf_dir), settings)
@@ -172,6 +175,20 @@ def longest_sequence(settings: RolloutSettings, hf_dir: Path) -> int:
     if longest > limit:
         raise RequestError("rollout.max_model_len", longest, f"at most {limit}, the model's own limit")
     return longest
+
+
+def adapter_rank(adapter: Path) -> int:
+    """The largest rank of a LoRA adapter.
+
+    Raises:
+        RequestError: the folder holds no such adapter.
+    """
+    path = adapter / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError("rollout.adapter", f"{path}: {error!r}", "a LoRA adapter in PEFT's layout") from error
 
 
 def served_cache_bytes(settings: RolloutSettings, hf_dir: Path, longest: int) -> int:

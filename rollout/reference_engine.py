@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.errors import RequestError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
-from rollout.engine import longest_sequence
+from rollout.engine import adapter_rank, longest_sequence
 from rollout.group_decoder import GroupDecoder
 from rollout.receiving import ModuleInbox, PushMessage, Receipt, ReceivingEngine
 from rollout.settings import EngineKind, RolloutSettings
@@ -163,6 +163,11 @@ class ReferenceEngine(ReceivingEngine):
         model = AutoModelForCausalLM.from_pretrained(
             hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation="sdpa"
         )
+        if settings.adapter is not None:
+            from peft import PeftModel
+
+            adapter_rank(settings.adapter)
+            model = PeftModel.from_pretrained(model, settings.adapter).merge_and_unload()
         self.model: torch.nn.Module = model.eval().to(device)
         self.engine_id = engine_id
         self.weight_version = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import Field
 
@@ -54,6 +55,9 @@ class RolloutSettings(Settings):
     """Group size: beams or samples per prompt."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Divides the logits before the softmax over the legal continuations."""
+    adapter: Path | None = None
+    """Folder with a LoRA adapter in PEFT's layout that is applied to the model. For engines that generate only: the
+    learners push whole matrices."""
     head: HeadRows = HeadRows.AUTO
     """Rows of the head that are multiplied under the constraint (vllm only): `all`, `level` (the tokens that can follow
     at a depth; the same log-probabilities for less work), or `auto` (`level` for large vocabularies)."""

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import RequestError
+from rollout import vllm_internals as internals
 from rollout.branches import LayerShape
 from rollout.paging import Placement
 
@@ -43,14 +45,16 @@ class RunnerView:
     dtype: torch.dtype
     """Of keys and values."""
     device: torch.device
+    adapter: Any = None
+    """vLLM's request of the LoRA adapter to apply."""
 
     def layer(self, name: str) -> Any:
         """A live attention layer."""
         return self.runner.vllm_config.compilation_config.static_forward_context[name]
 
 
-def view(runner: Any) -> RunnerView:
-    """The view of a live model runner.
+def view(runner: Any, adapter: Path | None = None) -> RunnerView:
+    """The view of a live model runner, with the LoRA adapter that was loaded into it.
 
     Raises:
         RequestError: the model has layers that keep something else than keys and values, or scores that are more than
@@ -65,7 +69,8 @@ def view(runner: Any) -> RunnerView:
         # One `[blocks, heads, block size, content]` view per layer, in this order of axes in every layout.
         groups.append(LayerGroup(group, names, layers[group.layer_names[0]].kv_cache.shape[2]))
     cache = layers[groups[0].layers[0]].kv_cache
-    return RunnerView(runner, groups, shapes, cache.dtype, runner.device)
+    request = None if adapter is None else internals.lora_request(adapter)
+    return RunnerView(runner, groups, shapes, cache.dtype, runner.device, request)
 
 
 def _layer_shape(name: str, layer: Any) -> LayerShape:
@@ -189,7 +194,7 @@ def prefill(
         for number, name in group.layers.items():
             metadata[name], slots[name] = built, slot_X
             stand_ins[name] = _OwnCache(view.layer(name), caches[number], partial(keep, number))
-    hidden_XD = _forward(view, token_X, placement.position_X, metadata, slots, stand_ins)
+    hidden_XD = _forward(view, token_X, placement.position_X, len(logit_M), metadata, slots, stand_ins)
     return _logits(view, hidden_XD[logit_M.to(view.device)], vocabulary_V)
 
 
@@ -208,7 +213,7 @@ def branch(
     stand_ins = {
         name: _OwnAttention(partial(attend, number)) for group in view.groups for number, name in group.layers.items()
     }
-    hidden_ND = _forward(view, token_N, position_N, dict.fromkeys(stand_ins), {}, stand_ins)
+    hidden_ND = _forward(view, token_N, position_N, len(token_N), dict.fromkeys(stand_ins), {}, stand_ins)
     return _logits(view, hidden_ND, vocabulary_V)
 
 
@@ -238,6 +243,7 @@ def _forward(
     view: RunnerView,
     token_X: Tensor,
     position_X: Tensor,
+    logits: int,
     metadata: dict[str, Any],
     slots: dict[str, Tensor],
     stand_ins: dict[str, Any],
@@ -245,6 +251,8 @@ def _forward(
     from vllm.forward_context import get_forward_context, set_forward_context
 
     device, config = view.device, view.runner.vllm_config
+    if view.adapter is not None:
+        internals.apply_lora(view.runner, view.adapter, tokens=len(token_X), logits=logits)
     with (
         torch.inference_mode(),
         set_forward_context(metadata, config, num_tokens=len(token_X), slot_mapping=slots),
@@ -277,7 +285,9 @@ def head_has_rows(view: RunnerView) -> bool:
 
     model = view.runner.model
     head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
-    if head is None or processor is None or view.runner.vllm_config.parallel_config.tensor_parallel_size > 1:
+    if view.adapter is not None or head is None or processor is None:
+        return False
+    if view.runner.vllm_config.parallel_config.tensor_parallel_size > 1:
         return False
     plain = type(head.quant_method) is UnquantizedEmbeddingMethod and getattr(head, "bias", None) is None
     as_is = processor.soft_cap is None and processor.scale == 1.0 and processor.head_dtype in (None, head.weight.dtype)

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from data.errors import RequestError
 
 VLLM_VERSION = "0.32.0"
 """The version that was read and measured."""
@@ -47,6 +50,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.ir.op.IrOp": ("register_impl", "set_default"),
     "vllm.v1.worker.utils.AttentionGroup": ("layer_names", "get_metadata_builder"),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("load_model",),
+    "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin": ("_set_active_loras",),
+    "vllm.v1.engine.llm_engine.LLMEngine": ("add_lora",),
+    "vllm.lora.request.LoRARequest": ("lora_int_id",),
     # The rest is for the weight channel (rollout.weight_transfer).
     "vllm.v1.worker.gpu_worker.Worker": ("start_weight_update", "update_weights", "finish_weight_update"),
     "vllm.distributed.weight_transfer.base.WeightTransferEngine": ("receive_weights", "shutdown"),
@@ -115,6 +121,41 @@ def environment(*, threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
+
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for."""
+_LORA_NUMBER = 1
+
+
+def lora_arguments(rank: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for one adapter.
+
+    Raises:
+        RequestError: the rank is too large for vLLM.
+    """
+    room = [legal for legal in _LORA_RANKS if legal >= rank]
+    if not room:
+        raise RequestError("rollout.adapter", f"rank {rank}", f"at most {_LORA_RANKS[-1]}")
+    return {"enable_lora": True, "max_lora_rank": room[0], "max_loras": 1}
+
+
+def add_lora(llm: Any, adapter: Path) -> None:
+    """Load the adapter into every worker."""
+    llm.llm_engine.add_lora(lora_request(adapter))
+
+
+def lora_request(adapter: Path) -> Any:
+    """What names the adapter inside vLLM."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("windlass", _LORA_NUMBER, str(adapter))
+
+
+def apply_lora(runner: Any, request: Any, *, tokens: int, logits: int) -> None:
+    """Apply the adapter to every token and every row of logits of the next forward pass."""
+    number = request.lora_int_id
+    runner._set_active_loras((number,) * logits, (number,) * tokens, {request})
 
 
 def shutdown(llm: Any) -> None:

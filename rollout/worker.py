@@ -30,6 +30,9 @@ LOGITS_BYTES = 2**30
 """Memory that the logits of one level may take."""
 
 
+_ALL = 2**62
+
+
 class BranchBackend:
     """`rollout.decoding.Backend` on the model of a vLLM worker, with keys and values in memory of its own."""
 
@@ -40,9 +43,14 @@ class BranchBackend:
         self._branches: Branches | None = None
         self._caches: list[Tensor] = []
         self._room = (0, 0)
+        # vLLM has room for the adapters of as many tokens as it may compute at once.
+        most_rows = _ALL if view.adapter is None else settings.tokens_per_forward
         self.limits = WaveLimits(
             tokens=int(settings.kv_cache_gib * 2**30) // self._store.bytes_per_token,
-            rows=LOGITS_BYTES // (4 * vocabulary_size),
+            # vLLM has room for the adapters of as many tokens as it may compute at once.
+            rows=min(
+                LOGITS_BYTES // (4 * vocabulary_size), _ALL if view.adapter is None else settings.tokens_per_forward
+            ),
         )
 
     def prefill(
@@ -138,7 +146,7 @@ class RolloutWorker(WeightReceiver):
     def windlass_open(self, hf_dir: str, settings: RolloutSettings) -> None:
         """Load the catalogue and look at the model runner; called once, after the engine is up."""
         worker: Any = self
-        view = vllm_forward.view(worker.model_runner)
+        view = vllm_forward.view(worker.model_runner, settings.adapter)
         if view.device.type == "cpu":
             vllm_forward.use_fused_norms()
         config = worker.model_runner.vllm_config.model_config

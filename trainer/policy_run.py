@@ -278,7 +278,13 @@ def start_parts(
 
 
 def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup, fleet: RolloutFleet) -> WeightChannel:
-    """The channel from the learners to the fleet; a failed engine is restarted in place."""
+    """The channel from the learners to the fleet; a failed engine is restarted in place.
+
+    Raises:
+        RequestError: the engines apply an adapter, which whole matrices would not fit.
+    """
+    if job.rollout.adapter is not None:
+        raise RequestError("rollout.adapter", job.rollout.adapter, "none in a job that trains")
 
     def replaced(engine_id: str) -> RayPeer:
         return RayPeer(engine_id, [fleet.restart(engine_id)])

@@ -1,4 +1,4 @@
-"""Models and layouts that the shared engines do not have: sliding windows beside full attention, two workers.
+"""Models and layouts that the shared engines do not have: sliding windows, an adapter, two workers.
 
 The oracle is transformers in float64, one prefix at a time, without a cache. vLLM runs in a process of its own,
 because an engine holds the process group. Not here: what every engine has to do (test_engines.py).
@@ -116,6 +116,43 @@ def test_windows_beside_full_attention_in_vllm(tmp_path: Path, catalogue: Catalo
     prompts = random_prompts(catalogue, LENGTHS, excluded=5)
     (groups,) = generate_elsewhere(tmp_path, SETTINGS, prompts, [BEAM])
     check_beams(model, catalogue, prompts, groups)
+
+
+def write_adapter(folder: Path, model_dir: Path) -> Any:
+    """A random LoRA adapter of rank 4 on every projection; returns the merged model in float64."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(1)
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model: Any = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return model.double().merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("engine", [EngineKind.REFERENCE, EngineKind.VLLM])
+def test_an_adapter_is_applied(tmp_path: Path, catalogue: Catalogue, engine: EngineKind) -> None:
+    write_tiny_model(tmp_path, catalogue)
+    merged = write_adapter(tmp_path / "adapter", tmp_path)
+    prompts = random_prompts(catalogue, LENGTHS, excluded=5)
+    settings = SETTINGS.model_copy(update={"engine": engine, "adapter": tmp_path / "adapter"})
+    if engine is EngineKind.REFERENCE:
+        groups = build_engine(settings, tmp_path).generate(prompts, BEAM)
+    else:
+        require("vllm")
+        (groups,) = generate_elsewhere(tmp_path, settings, prompts, [BEAM])
+    check_beams(merged, catalogue, prompts, groups)
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path, hf_dir: Path) -> None:
+    wrong = SETTINGS.model_copy(update={"engine": EngineKind.REFERENCE, "adapter": tmp_path})
+    with pytest.raises(RequestError, match=r"rollout\.adapter.*a LoRA adapter in PEFT's layout"):
+        build_engine(wrong, hf_dir)
 
 
 @pytest.mark.long
