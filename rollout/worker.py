@@ -47,10 +47,7 @@ class BranchBackend:
         most_rows = _ALL if view.adapter is None else settings.tokens_per_forward
         self.limits = WaveLimits(
             tokens=int(settings.kv_cache_gib * 2**30) // self._store.bytes_per_token,
-            # vLLM has room for the adapters of as many tokens as it may compute at once.
-            rows=min(
-                LOGITS_BYTES // (4 * vocabulary_size), _ALL if view.adapter is None else settings.tokens_per_forward
-            ),
+            rows=min(LOGITS_BYTES // (4 * vocabulary_size), most_rows),
         )
 
     def prefill(
