@@ -9,6 +9,7 @@ catalogues (test_decoding.py), the fleet (test_fleet.py), pushes (test_weight_tr
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.records import NO_ITEM, Decode, DecodeSpec, Finish, Groups, Prompt
 from rollout import vllm_internals
-from rollout.engine import Engine
+from rollout.engine import Engine, build_engine
 from rollout.paging import WaveLimits
 from rollout.receiving import IN_TRANSIT
-from rollout.settings import HeadRows, RolloutSettings
+from rollout.settings import EngineKind, HeadRows, RolloutSettings
 from tests.rollout.oracles import NextLogits, all_items, allowed_paths, beam_search
 from tests.tiny_model import random_prompts
 
@@ -260,6 +261,56 @@ def test_the_rows_of_the_level_give_the_same_completions(
         backend.release()
     finally:
         vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
+
+
+@pytest.mark.parametrize("kind", ["reference", "vllm"])
+@pytest.mark.parametrize("decode", list(Decode))
+def test_paths_of_unequal_length(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    hf_dir: Path,
+    vllm_settings: RolloutSettings,
+    kind: str,
+    decode: Decode,
+) -> None:
+    """Some beams are complete while others grow, so some prompts have no row left at a level."""
+    codes = [[0], [1, 0], [1, 1, 0], [1, 1, 1], [2, 0, 0], [2, 0, 1], [2, 1, 0], [2, 1, 1], [3, 2], [3, 1, 1, 0]]
+    uneven = Catalogue.from_codes(codes)
+    folder = tmp_path / "uneven"
+    shutil.copytree(hf_dir, folder)
+    uneven.save(folder / "catalogue")
+    prompts = random_prompts(uneven, [33, 7, 50], seed=16, first_id=1)
+    left = [{0, 8}, {1, 9}, set(range(10))]
+    prompts = [
+        dataclasses.replace(prompt, exclusions=np.array(sorted(set(range(10)) - kept), np.int32))
+        for prompt, kept in zip(prompts, left, strict=True)
+    ]
+    oracle = request.getfixturevalue("oracle")
+    spec = DecodeSpec(decode=decode, width=6, seed=4)
+    if kind == "reference":
+        engine: Any = build_engine(vllm_settings.model_copy(update={"engine": EngineKind.REFERENCE}), folder)
+        groups = engine.generate(prompts, spec)
+    else:
+        engine = request.getfixturevalue("vllm_engine")
+        engine._rpc("windlass_open", str(folder), vllm_settings)
+        try:
+            groups = engine.generate(prompts, spec)
+            assert same_bits(
+                groups, Groups.concat([engine.generate([prompt], spec, exclude=True) for prompt in prompts])
+            )
+        finally:
+            engine._rpc("windlass_open", str(hf_dir), vllm_settings)
+    for row, prompt in enumerate(prompts):
+        allowed = allowed_paths(uneven, prompt.exclusions)
+        exact = dict(all_items(oracle(prompt), allowed))
+        found = [path[:n] for path, n in zip(paths_of(groups, row), groups.length_PG[row], strict=False)]
+        np.testing.assert_allclose(
+            groups.sequence_logp_PG[row][: len(found)], [exact[path] for path in found], atol=1e-4
+        )
+        if decode is Decode.BEAM:
+            assert found == [path for path, _ in beam_search(oracle(prompt), allowed, 6, 1.0)]
+        if decode is not Decode.SAMPLE:
+            assert len(set(found)) == len(found) == min(6, len(left[row]))
 
 
 def test_a_dead_end_is_an_error_and_nothing_else(engine: Engine, catalogue: Catalogue) -> None:
