@@ -41,12 +41,18 @@ def masked_moments(
 def group_advantages(
     members: Members, reward_PG: Float[Tensor, "P G"], std_mode: StdMode, eps: float
 ) -> GroupAdvantages:
-    """Group-normalised rewards `(r - mean) / (std + eps)`; zero for invalid members.
+    """`masked_advantages` of the valid members of each group."""
+    return masked_advantages(reward_PG, members.valid_PG, std_mode, eps)
+
+
+def masked_advantages(
+    reward_PG: Float[Tensor, "P G"], mask_PG: Bool[Tensor, "P G"], std_mode: StdMode, eps: float
+) -> GroupAdvantages:
+    """Group-normalised rewards `(r - mean) / (std + eps)` of the masked members, zero for all others.
 
     A group is without gradient when the largest reward equals the smallest, not when a deviation falls below a
     threshold, so that rounding cannot invent an advantage. Source: methods.md section 0.
     """
-    mask_PG = members.valid_PG
     mean_P, std_P = masked_moments(reward_PG, mask_PG, ddof=1 if std_mode is StdMode.SAMPLE else 0)
     high_P = reward_PG.masked_fill(~mask_PG, -torch.inf).amax(1)
     low_P = reward_PG.masked_fill(~mask_PG, torch.inf).amin(1)

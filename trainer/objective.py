@@ -5,7 +5,7 @@ is a pure function over `Members`, run once per batch in the driver, so that no 
 micro-batches; with every stage at its identity the loss is plain GRPO.
 
     L = mean_b [ nll_weight * NLL_b
-               + gate_b * ( policy_weight * GRPO_b(advantage * q_b * omega_i * wn * own stages)
+               + gate_b * ( policy_weight * GRPO_b(advantage * q_b * omega_i * wn * cn * own stages)
                             + beta * KL_b - entropy_weight * H_b ) ]
 
 Only members that carry an advantage are counted in a group: rollouts (with random negatives, those that hit, and the
@@ -24,7 +24,18 @@ from data.records import Kind
 from trainer.advantage import GroupAdvantages, group_advantages
 from trainer.aggregation import token_weights
 from trainer.anchor import AnchorMode, AnchorRatio, AnchorWeights, Snips, anchor_weights, feedback_rewards
+from trainer.credit_settings import Credit, CreditKind
 from trainer.gate import GateKind, gate_decisions, gate_metrics, gate_parts, gate_weights, policy_scores
+from trainer.list_credit import (
+    BeamCredit,
+    beam_credit,
+    item_advantages,
+    list_metrics,
+    list_uncertainty,
+    sequence_rewards,
+    token_advantages,
+)
+from trainer.list_signals import ListSignals
 from trainer.members import Members
 from trainer.objective_settings import ObjectiveSettings, RewardOrder
 from trainer.own_stages import own_multipliers
@@ -39,6 +50,7 @@ from trainer.tempering import (
     tempering_multipliers,
 )
 from trainer.truncation import TruncationLevel, truncated_weights, truncation_metrics
+from trainer.uncertainty import VarianceKind, uncertainty_weights
 from trainer.window import Negatives, WindowKind, window_metrics, window_weights
 
 
@@ -71,6 +83,14 @@ class _Anchors(NamedTuple):
     weights: AnchorWeights
 
 
+class _Credit(NamedTuple):
+    """The rewards of the members after the credit stage."""
+
+    reward_PG: Tensor
+    beam: BeamCredit | None
+    metrics: dict[str, float]
+
+
 def objective_coefficients(
     members: Members,
     reward_PG: Float[Tensor, "P G"],
@@ -85,7 +105,7 @@ def objective_coefficients(
     """Coefficients of one batch, and its metrics.
 
     Args:
-        reward_PG: sum of the configured sources; feedback rewards are added here.
+        reward_PG: sum of the configured sources; rewards of feedback and of whole lists are added here.
         fixed_length: tokens of the longest completion, for `fixed_length` aggregation.
         signals: what the recipe's stages read.
         seed, step: key what is random (the random gate).
@@ -93,6 +113,7 @@ def objective_coefficients(
 
     Raises:
         ValueError: a signal that a stage reads is absent.
+        RequestError: gains or variances that no credit is defined for.
     """
     signals = signals or Signals()
     carriers = _carriers(members, settings, signals)
@@ -100,9 +121,12 @@ def objective_coefficients(
     if anchors is not None:
         reward_PG = _feedback_rewards(carriers, reward_PG, settings, signals, anchors)
         metrics["reward/with_feedback"] = _mean(reward_PG, carriers.valid_PG)
-    advantage_PG, live_P = _advantages(carriers, reward_PG, settings, signals)
-    for factor_PG, told in _multipliers(carriers, advantage_PG, settings, signals, anchors):
-        advantage_PG = advantage_PG * factor_PG
+    credit = _credit(carriers, reward_PG, settings, signals)
+    metrics |= credit.metrics
+    whole = _advantages(carriers, credit.reward_PG, settings, signals)
+    advantage_PGT, live_P = _token_advantages(carriers, whole, settings, signals)
+    for factor_PGT, told in _multipliers(carriers, whole.advantage_PG, settings, signals, anchors, credit.beam):
+        advantage_PGT = advantage_PGT * factor_PGT
         metrics |= told
     gate_P, told = _gate(members, settings, signals, seed, step)
     metrics |= told
@@ -120,7 +144,7 @@ def objective_coefficients(
         metrics |= truncation_metrics(carriers, factor_PGT, settings.truncation)
     detached = anchors is not None and settings.anchor.ratio is AnchorRatio.DETACHED
     coefficients = Coefficients(
-        advantage_PGT=advantage_PG.unsqueeze(-1) * carriers.token_mask_PGT,
+        advantage_PGT=advantage_PGT,
         policy_weight_PGT=policy_PGT,
         kl_weight_PGT=gated_PGT * settings.beta,
         nll_weight_PGT=_nll_weights(members) * settings.nll_weight,
@@ -129,7 +153,7 @@ def objective_coefficients(
         detached_PGT=_anchor_tokens(carriers) if detached else None,
         anchor_log_mean=anchor_log_mean if anchors is None else anchors.weights.moving_log_mean,
     )
-    return coefficients, metrics | _metrics(carriers, advantage_PG, live_P, gate_P, signals.hit_PG)
+    return coefficients, metrics | _metrics(carriers, advantage_PGT, live_P, gate_P, signals.hit_PG)
 
 
 def _carriers(members: Members, settings: ObjectiveSettings, signals: Signals) -> Members:
@@ -196,36 +220,94 @@ def _feedback_rewards(
     return total_PG
 
 
+def _credit(carriers: Members, reward_PG: Tensor, settings: ObjectiveSettings, signals: Signals) -> _Credit:
+    """The rewards with those of whole lists, or the credit of the places in the beam instead of them."""
+    credit = settings.credit
+    if credit.of_lists:
+        lists = _lists(signals)
+        total_PG = reward_PG + sequence_rewards(carriers, lists, credit).to(reward_PG.dtype)
+        return _Credit(total_PG, None, list_metrics(carriers, lists, credit))
+    if credit.kind is CreditKind.BEAM_AS_LIST:
+        score_PG = policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
+        uncertain = credit.uncertainty.variance is not VarianceKind.OFF
+        variance_PG = needed(signals.gain_variance_PG, "gain_variance_PG") if uncertain else None
+        beam = beam_credit(carriers, reward_PG, score_PG, credit, variance_PG)
+        no_signal = (carriers.valid_PG.any(1) & ~beam.signal_P).double().mean()
+        return _Credit(beam.credit_PG.to(reward_PG.dtype), beam, {"credit/no_signal_share": float(no_signal)})
+    return _Credit(reward_PG, None, {})
+
+
+def _lists(signals: Signals) -> ListSignals:
+    if signals.lists is None:
+        raise ValueError("the credit stage reads lists, which the loop did not provide")
+    return signals.lists
+
+
 def _advantages(carriers: Members, reward_PG: Tensor, settings: ObjectiveSettings, signals: Signals) -> GroupAdvantages:
     if settings.reward_order is RewardOrder.GDPO:
         return several_advantages(carriers, signals.part_PG, signals.part_weight, settings.std_mode, settings.eps)
     return group_advantages(carriers, reward_PG, settings.std_mode, settings.eps)
 
 
+def _token_advantages(
+    carriers: Members, whole: GroupAdvantages, settings: ObjectiveSettings, signals: Signals
+) -> tuple[Tensor, Tensor]:
+    """Advantages `[P, G, T]`, and which groups have any: the member's on all its tokens, or of its items on theirs."""
+    if settings.credit.kind is not CreditKind.ITEMS:
+        return whole.advantage_PG.unsqueeze(-1) * carriers.token_mask_PGT, whole.live_P
+    items = item_advantages(carriers, _lists(signals), settings.credit.item_norm, settings.std_mode, settings.eps)
+    return token_advantages(carriers, whole.advantage_PG, items.advantage_PGK), whole.live_P | items.live_P
+
+
 def _multipliers(
-    carriers: Members, advantage_PG: Tensor, settings: ObjectiveSettings, signals: Signals, anchors: _Anchors | None
+    carriers: Members,
+    advantage_PG: Tensor,
+    settings: ObjectiveSettings,
+    signals: Signals,
+    anchors: _Anchors | None,
+    beam: BeamCredit | None,
 ) -> list[tuple[Tensor, dict[str, float]]]:
-    """Non-negative factors of the advantages and their metrics; those at their identity are not there."""
+    """Non-negative factors of the advantages and their metrics; those at their identity are not there.
+
+    A factor is `[P, G, 1]`, or `[P, G, T]` where the tokens of a member differ.
+    """
     factors: list[tuple[Tensor, dict[str, float]]] = []
     if anchors is not None and settings.tempering.mode is not TemperingMode.NONE:
         matched_PG = needed(signals.matched_PG, "matched_PG")
-        factors.append(
-            (tempering_multipliers(matched_PG, anchors.confidence_P, anchors.silent_P, settings.tempering), {})
-        )
+        factor_PG = tempering_multipliers(matched_PG, anchors.confidence_P, anchors.silent_P, settings.tempering)
+        factors.append((factor_PG.unsqueeze(-1), {}))
     if settings.window.kind is not WindowKind.NONE:
         positive_PG = needed(signals.hit_PG, "hit_PG")
         if signals.matched_PG is not None:
             positive_PG = positive_PG | signals.matched_PG
         score_PG = policy_scores(carriers, needed(signals.logp_PGT, "logp_PGT"), length_norm=False)
         weights = window_weights(carriers, score_PG, positive_PG, settings.window)
-        factors.append((weights.weight_PG, window_metrics(weights)))
+        factors.append((weights.weight_PG.unsqueeze(-1), window_metrics(weights)))
     if anchors is not None and settings.anchor.snips is Snips.ADVANTAGE:
         weight_P1 = anchors.weights.weight_P[:, None].to(advantage_PG.dtype)
-        factors.append((torch.where(anchors.member_PG, weight_P1, torch.ones_like(advantage_PG)), {}))
+        factor_PG = torch.where(anchors.member_PG, weight_P1, torch.ones_like(advantage_PG))
+        factors.append((factor_PG.unsqueeze(-1), {}))
+    if settings.credit.uncertainty.variance is not VarianceKind.OFF:
+        factor_PGT, told = _uncertainty(carriers, settings.credit, signals, beam)
+        factors.append((factor_PGT.to(advantage_PG.dtype), told))
     for number, path in enumerate(settings.stages):
         factor_PG = own_multipliers(path, carriers, signals, advantage_PG)
-        factors.append((factor_PG, {f"stages/{number}/mean": _mean(factor_PG, carriers.valid_PG)}))
+        factors.append((factor_PG.unsqueeze(-1), {f"stages/{number}/mean": _mean(factor_PG, carriers.valid_PG)}))
     return factors
+
+
+def _uncertainty(
+    carriers: Members, credit: Credit, signals: Signals, beam: BeamCredit | None
+) -> tuple[Tensor, dict[str, float]]:
+    if beam is None:
+        return list_uncertainty(carriers, _lists(signals), credit.uncertainty)
+    propagated = credit.uncertainty.variance is VarianceKind.PROPAGATED
+    variance_PG = beam.propagated_PG if propagated else signals.gain_variance_PG
+    # The tokens of a completion count, as in a list: the mean is over all item tokens of the batch.
+    mask_PGT = carriers.token_mask_PGT
+    return uncertainty_weights(
+        needed(variance_PG, "gain_variance_PG").unsqueeze(-1).expand(mask_PGT.shape), mask_PGT, credit.uncertainty
+    )
 
 
 def _gate(
@@ -264,11 +346,12 @@ def _mean(value_PG: Tensor, mask_PG: Tensor) -> float:
 
 
 def _metrics(
-    carriers: Members, advantage_PG: Tensor, live_P: Tensor, gate_P: Tensor | None, hit_PG: Tensor | None
+    carriers: Members, advantage_PGT: Tensor, live_P: Tensor, gate_P: Tensor | None, hit_PG: Tensor | None
 ) -> dict[str, float]:
     valid_PG = carriers.valid_PG
     scored_P = valid_PG.any(1)
-    gradient_P = live_P & scored_P & (advantage_PG != 0).any(1)
+    advantage_PG = advantage_PGT.double().sum(-1) / carriers.length_PG.clamp_min(1)
+    gradient_P = live_P & scored_P & (advantage_PGT != 0).flatten(1).any(1)
     if gate_P is not None:
         gradient_P = gradient_P & (gate_P > 0)
     metrics = {
@@ -276,8 +359,8 @@ def _metrics(
         "groups/live_share": float(gradient_P.double().mean()),
         "groups/zero_variance_share": float((~live_P & scored_P).double().mean()),
         "groups/members": float(valid_PG.sum(1).double().mean()),
-        "advantage/sum": float(advantage_PG.double().sum()),
-        "advantage/abs_mean": float(advantage_PG.abs().double().sum() / valid_PG.sum().clamp_min(1)),
+        "advantage/sum": float(advantage_PG.sum()),
+        "advantage/abs_mean": float(advantage_PG.abs().sum() / valid_PG.sum().clamp_min(1)),
     }
     if hit_PG is not None:
         metrics["groups/no_hit_share"] = float((scored_P & ~(hit_PG & valid_PG).any(1)).double().mean())

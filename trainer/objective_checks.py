@@ -9,14 +9,16 @@ from pathlib import Path
 
 from data.errors import RequestError
 from data.records import Decode
-from reward.settings import RewardSettings
+from reward.settings import InvalidScore, RankerTransform, RewardSettings
 from rollout.settings import RolloutSettings
 from trainer.anchor import AnchorMode
+from trainer.credit_settings import CreditKind
 from trainer.gate import GateKind
 from trainer.group_settings import GroundTruth, GroupSettings, Refill
 from trainer.objective_settings import ObjectiveSettings, RewardOrder
 from trainer.own_stages import load_stage
 from trainer.truncation import TruncationLevel
+from trainer.uncertainty import VarianceKind
 from trainer.window import Negatives, WindowKind
 
 
@@ -44,6 +46,7 @@ def check_objective(
             rollout.decode.value,
             "beam or sample for rl: its draws need weights of their own, and the objective weighs all members alike",
         )
+    _check_credit(objective, rollout, reward)
     _check_window(objective, rollout)
     _check_negatives(objective, reward)
     _check_group(objective, group, dumps)
@@ -61,6 +64,33 @@ def check_objective(
         raise RequestError("objective.reward_order", "gdpo", "sum: there is only one reward with a weight")
     for path in objective.stages:
         load_stage(path)
+
+
+def _check_credit(objective: ObjectiveSettings, rollout: RolloutSettings, reward: RewardSettings) -> None:
+    """Credit needs lists, gains that are at least 0, and where it is scaled their variances."""
+    credit = objective.credit
+    if credit.of_lists:
+        raise RequestError(
+            "objective.credit.kind", credit.kind.value, "none or beam_as_list: the prompts of this job ask for one item"
+        )
+    if credit.kind is CreditKind.NONE:
+        return
+    if credit.uncertainty.variance is not VarianceKind.OFF:
+        where, reason = "objective.credit.uncertainty.variance", "no reward of this job comes with a variance"
+        raise RequestError(where, credit.uncertainty.variance.value, f"off: {reason}")
+    words = "with objective.credit.kind beam_as_list"
+    if rollout.decode is not Decode.BEAM:
+        raise RequestError("rollout.decode", rollout.decode.value, f"beam {words}: the beam is the list")
+    reason = "rewards are the gains of an NDCG there, at least 0"
+    if reward.rank_penalty:
+        raise RequestError("reward.rank_penalty", reward.rank_penalty, f"0 {words}: {reason}")
+    for name, weight in (("item_match", reward.item_match), ("ranker_score", reward.ranker_score)):
+        if weight < 0:
+            raise RequestError(f"reward.{name}", weight, f"0 or more {words}: {reason}")
+    if reward.ranker_score and reward.ranker_transform is RankerTransform.RAW:
+        raise RequestError("reward.ranker_transform", "raw", f"sigmoid or percentile {words}: {reason}")
+    if reward.ranker_score and reward.invalid_score is InvalidScore.BELOW_LOWEST:
+        raise RequestError("reward.invalid_score", "below_lowest", f"lowest {words}: {reason}")
 
 
 def _check_window(objective: ObjectiveSettings, rollout: RolloutSettings) -> None:

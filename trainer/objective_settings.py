@@ -15,10 +15,12 @@ from pydantic import Field, model_validator
 from data.errors import RequestError
 from data.settings import Settings
 from trainer.anchor import Anchor, AnchorMode, Snips
+from trainer.credit_settings import Credit, CreditKind
 from trainer.gate import Gate, GateKind
 from trainer.tempering import Tempering, TemperingMode, TemperOn
 from trainer.truncation import Truncation
-from trainer.window import Window
+from trainer.uncertainty import VarianceKind
+from trainer.window import Window, WindowKind
 
 
 class StdMode(StrEnum):
@@ -92,6 +94,8 @@ class ObjectiveSettings(Settings):
     """Weight of the entropy of the policy over the legal set, which is raised."""
     reward_order: RewardOrder = RewardOrder.SUM
     """sum (weigh, sum, normalise) or gdpo (normalise each reward, then weigh and sum)."""
+    credit: Credit = Credit()
+    """What the positions of ranked lists are credited with (FlexRec)."""
     window: Window = Window()
     """Rank window on the negatives (TAWin)."""
     gate: Gate = Gate()
@@ -103,7 +107,8 @@ class ObjectiveSettings(Settings):
     truncation: Truncation = Truncation()
     """Importance correction between engine and learner."""
     max_distrust: int = Field(2, ge=1, le=64)
-    """Most of gate, tempering and own stages that may be on together; each takes from what the others left."""
+    """Most of gate, tempering, uncertainty and own stages that may be on together; each takes from what the others
+    left."""
     stages: tuple[str, ...] = ()
     """Multipliers of your own, `package.module:function`; see trainer/own_stages.py."""
 
@@ -116,12 +121,35 @@ class ObjectiveSettings(Settings):
                 "objective.nll_weight", 0, "above 0 with a gate: a prompt whose gate is closed has the NLL alone"
             )
         self._check_anchor()
+        self._check_credit()
         self._check_distrust()
         return self
 
+    def _check_credit(self) -> None:
+        """Refuse stages that know single items and their hits, where credit goes to positions."""
+        kind = self.credit.kind
+        if kind is CreditKind.NONE:
+            return
+        words = f"with objective.credit.kind {kind.value}"
+        if self.window.kind is not WindowKind.NONE:
+            reason = "a window weighs hits against misses, and credit is neither"
+            raise RequestError("objective.window.kind", self.window.kind.value, f"none {words}: {reason}")
+        if self.anchor.mode is not AnchorMode.NONE:
+            reason = "the logged item has no place in a list that was not shown"
+            raise RequestError("objective.anchor.mode", self.anchor.mode.value, f"none {words}: {reason}")
+        if self.reward_order is RewardOrder.GDPO:
+            raise RequestError("objective.reward_order", "gdpo", f"sum {words}: credit is one reward")
+        if self.credit.of_lists and self.gate.kind is not GateKind.NONE:
+            reason = "a gate ranks single items"
+            raise RequestError("objective.gate.kind", self.gate.kind.value, f"none {words}: {reason}")
+        if self.credit.of_lists and self.nll_weight:
+            reason = "the ground truth is an item, not a list"
+            raise RequestError("objective.nll_weight", self.nll_weight, f"0 {words}: {reason}")
+
     def _check_distrust(self) -> None:
-        """Cap the stages that take learning away: per prompt, per kind of feedback, per member (methods.md 6 d)."""
+        """Cap the stages that take learning away: per prompt, kind of feedback, member and item (methods.md 6 d)."""
         on = [name for name, stage in (("gate", self.gate.kind), ("tempering", self.tempering.mode)) if stage != "none"]
+        on += ["uncertainty"] * (self.credit.uncertainty.variance is not VarianceKind.OFF)
         on += [f"stages: {path}" for path in self.stages]
         if len(on) > self.max_distrust:
             raise RequestError(

@@ -18,7 +18,9 @@ from torch import Tensor
 from data.errors import RequestError, RunError
 from data.import_path import load_by_path
 from data.records import Kind
+from reward.swap_credit import SwapForm
 from trainer.gate import RankerScores
+from trainer.list_signals import closed_form_lists
 from trainer.members import KIND_CODE, PADDING, Members
 from trainer.signals import Signals
 
@@ -122,6 +124,14 @@ def _example(prompts: int, group: int, tokens: int) -> tuple[Members, Signals, T
         formatted_PG=torch.ones_like(hit_PG),
         responded_P=torch.arange(prompts) % 2 == 0,
         anchor_logp0_P=-torch.rand(prompts) - 0.1,
+        lists=closed_form_lists(
+            torch.rand(prompts, group + 1, 2),
+            valid_PG,
+            torch.full((prompts,), 2),
+            SwapForm.CAUSAL,
+            variance_PGK=torch.rand(prompts, group + 1, 2),
+        ),
+        gain_variance_PG=torch.rand(prompts, group + 1),
     )
     return members, signals, advantage_PG
 

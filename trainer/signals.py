@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trainer.gate import RankerScores
+from trainer.list_signals import ListSignals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class Signals:
     """bool: the exposed item had a response."""
     anchor_logp0_P: Tensor | None = None
     """Logged log-propensity of the exposed item."""
+    lists: ListSignals | None = None
+    """Credit of ranked lists."""
+    gain_variance_PG: Tensor | None = None
+    """Variance of the gain of each single item, 0 where it was observed."""
 
     def take_members(self, order: Tensor) -> Signals:
         """The signals with the members in another order."""
@@ -54,6 +59,8 @@ class Signals:
                 return value[:, order]
             if isinstance(value, RankerScores):
                 return value._replace(rollout_PG=value.rollout_PG[:, order])
+            if isinstance(value, ListSignals):
+                return value.take_members(order)
             if isinstance(value, dict) and name.endswith("_PG"):
                 return {key: part[:, order] for key, part in value.items()}
             return value

@@ -21,6 +21,7 @@ ANCHORED = {
     "rollout": {"decode": "sample"},
     "feedback": "log",
 }
+BEAM_AS_LIST = {"credit": {"kind": "beam_as_list"}}
 MATCH = {"item_match": 1.0, "rank_penalty": 0.0}
 OWN = "tests.trainer.own_stage_examples:steady"
 TRUSTLESS = {"gate": {"kind": "hard"}, "nll_weight": 1.0, "stages": [OWN, OWN]}
@@ -50,6 +51,30 @@ def job(**sections: Any) -> RlJob:
         ({**ANCHORED, "group": {"ground_truth": "inject"}}, "group.ground_truth", "outcome is known"),
         ({"group": {"refill": "oversample"}, "rollout_only": "dump"}, "group.refill", "as the engines generated them"),
         ({"group": {"ground_truth": "append"}, "train_only": "dump"}, "group.ground_truth", "rollout_only or train_o"),
+        ({"objective": {"credit": {"kind": "items"}}}, "objective.credit.kind", "ask for one item"),
+        ({"objective": {"credit": {"kind": "sequence"}}}, "objective.credit.kind", "ask for one item"),
+        (
+            {"objective": {"credit": {"kind": "beam_as_list", "uncertainty": {"variance": "item"}}}},
+            "objective.credit.uncertainty.variance",
+            "comes with a variance",
+        ),
+        ({"objective": BEAM_AS_LIST, "rollout": {"decode": "sample"}}, "rollout.decode", "the beam is the list"),
+        ({"objective": BEAM_AS_LIST, "reward": {**MATCH, "rank_penalty": 1.0}}, "reward.rank_penalty", "at least 0"),
+        ({"objective": BEAM_AS_LIST, "reward": {**MATCH, "item_match": -1.0}}, "reward.item_match", "at least 0"),
+        (
+            {"objective": BEAM_AS_LIST, "reward": {**MATCH, "ranker_score": 1.0, "ranker": "x"}},
+            "reward.ranker_transform",
+            "sigmoid or percentile",
+        ),
+        (
+            {
+                "objective": BEAM_AS_LIST,
+                "reward": {**MATCH, "ranker_score": 1.0, "ranker": "x", "ranker_transform": "sigmoid"}
+                | {"invalid_score": "below_lowest"},
+            },
+            "reward.invalid_score",
+            "lowest with",
+        ),
         ({"objective": TRUSTLESS}, "objective.max_distrust", f"3 are on (gate, stages: {OWN}, stages: {OWN})"),
     ],
 )
@@ -64,6 +89,7 @@ def test_refused_with_the_reason(sections: dict[str, Any], where: str, why: str)
     "sections",
     [
         {"objective": RANDOM, "reward": MATCH},
+        {"objective": BEAM_AS_LIST, "reward": MATCH},
         {
             "objective": {"window": {**RANDOM["window"], "kind": "soft"}},
             "reward": MATCH,
