@@ -99,58 +99,28 @@ def _layer_shape(name: str, layer: Any) -> LayerShape:
     )
 
 
-class _OwnCache:
-    """Stands in for an attention layer, and for its implementation, while prompts are computed: the layer works on a
-    cache of ours, and its keys and values are handed out."""
+@dataclass(frozen=True)
+class _StandIn:
+    """Takes the place of an attention layer, and of its implementation, in the context of a forward pass."""
 
-    def __init__(self, layer: Any, cache: Tensor, keep: Callable[[Tensor, Tensor], None]) -> None:
-        self.kv_cache = cache
-        self.impl = self
-        self._layer = layer
-        self._keep = keep
+    kv_cache: Tensor
+    attend: Callable[..., Tensor]
+    """Gets what the implementation gets: query, key, value, cache, metadata and, by name, the output."""
+    layer: Any = None
+    """The layer whose place it takes, for filling the cache."""
 
-    def do_kv_cache_update(self, _: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slot_mapping)
+    @property
+    def impl(self) -> _StandIn:
+        """What the layer delegates to."""
+        return self
 
-    def forward(
-        self,
-        _: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        **scales: Any,
-    ) -> Tensor:
-        self._keep(key, value)
-        computed: Tensor = self._layer.impl.forward(
-            self._layer, query, key, value, kv_cache, attn_metadata, output=output, **scales
-        )
-        return computed
+    def do_kv_cache_update(self, _: Any, *tensors: Tensor) -> None:
+        """Write keys and values into the cache, as the layer does it."""
+        self.layer.impl.do_kv_cache_update(self.layer, *tensors)
 
-
-class _OwnAttention:
-    """Stands in for an attention layer, and for its implementation, while branches are computed."""
-
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
-        self.kv_cache = torch.empty(0)
-        self.impl = self
-        self._attend = attend
-
-    def forward(
-        self,
-        _: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        **scales: Any,
-    ) -> Tensor:
-        self._attend(query, key, value, output)
-        return output
+    def forward(self, _: Any, *inputs: Any, **named: Any) -> Tensor:
+        """Attention."""
+        return self.attend(*inputs, **named)
 
 
 def own_caches(view: RunnerView, tokens: int, prompts: int) -> list[Tensor]:
@@ -193,7 +163,8 @@ def prefill(
         built = group.group.get_metadata_builder(0).build(0, _common_metadata(placement, slot_X, view.device))
         for number, name in group.layers.items():
             metadata[name], slots[name] = built, slot_X
-            stand_ins[name] = _OwnCache(view.layer(name), caches[number], partial(keep, number))
+            layer = view.layer(name)
+            stand_ins[name] = _StandIn(caches[number], partial(_kept_attention, layer, partial(keep, number)), layer)
     hidden_XD = _forward(view, token_X, placement.position_X, len(logit_M), metadata, slots, stand_ins)
     return _logits(view, hidden_XD[logit_M.to(view.device)], vocabulary_V)
 
@@ -210,11 +181,41 @@ def branch(
     `attend` gets the number of the layer, queries, keys, values, and where the output goes. `vocabulary_V` as in
     `_logits`.
     """
+    nothing = torch.empty(0)
     stand_ins = {
-        name: _OwnAttention(partial(attend, number)) for group in view.groups for number, name in group.layers.items()
+        name: _StandIn(nothing, partial(_branch_attention, partial(attend, number)))
+        for group in view.groups
+        for number, name in group.layers.items()
     }
     hidden_ND = _forward(view, token_N, position_N, len(token_N), dict.fromkeys(stand_ins), {}, stand_ins)
     return _logits(view, hidden_ND, vocabulary_V)
+
+
+def _kept_attention(
+    layer: Any,
+    keep: Callable[[Tensor, Tensor], None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    keep(key, value)
+    output: Tensor = layer.impl.forward(layer, query, key, value, *rest, **named)
+    return output
+
+
+def _branch_attention(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+    output: Tensor,
+    **named: Any,
+) -> Tensor:
+    attend(query, key, value, output)
+    return output
 
 
 def _common_metadata(placement: Placement, slot_X: Tensor, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from scipy import stats
 from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.records import NO_ITEM, Decode, DecodeSpec, Finish, Groups, Prompt
-from rollout import vllm_internals
+from rollout import vllm_forward, vllm_internals
 from rollout.engine import Engine, build_engine
 from rollout.paging import WaveLimits
 from rollout.receiving import IN_TRANSIT
@@ -342,6 +343,20 @@ def test_the_memory_bounds_the_waves(vllm_engine: Any, catalogue: Catalogue) -> 
                     vllm_engine.generate(prompts, BEAM)
     finally:
         backend.limits = limits
+
+
+def test_attention_that_is_more_than_a_softmax_of_products_is_refused(vllm_engine: Any) -> None:
+    runner = worker_of(vllm_engine).model_runner
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    name, layer = next(iter(layers.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.impl, "logits_soft_cap", 30.0)
+        with pytest.raises(RequestError, match=f"layer {name} of the model: capped scores; legal:.*reference engine"):
+            vllm_forward.view(runner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(layers, name, SimpleNamespace(kv_cache=layer.kv_cache))
+        with pytest.raises(RequestError, match=f"layer {name} of the model: SimpleNamespace"):
+            vllm_forward.view(runner)
 
 
 def test_requests_of_vllm_itself_stay_right(vllm_engine: Any, catalogue: Catalogue, oracle: PolicyOracle) -> None:
