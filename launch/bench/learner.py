@@ -1,7 +1,7 @@
 """`windlass bench learner`: forward and backward over trees against the same over rows, and the arithmetic limit.
 
 Rows are the usual way: every completion behind a copy of its prompt, head on the completion positions only. They run
-with each attention of `ROWS`, and the fastest is what trees are compared with. Of G completions of R tokens behind a
+in both ways of `ROWS`, and the faster is what trees are compared with. Of G completions of R tokens behind a
 prompt of P, rows compute G (P + R) tokens and trees P + G R: the limit of the speed-up is their ratio.
 """
 
@@ -27,8 +27,8 @@ from trainer.micro_batches import micro_batches
 from trainer.policy import Policy, full_log_probabilities, load_language_model
 from trainer.trees import Completions, Piece, completion_pieces, sequence_pieces
 
-ROWS: Final = ("rows_sdpa", "rows_eager", "rows_packed")
-"""transformers with its SDPA and its own attention, a group at a time; and rows packed as the learner packs trees."""
+ROWS: Final = ("rows_sdpa", "rows_packed")
+"""transformers with SDPA, a group at a time; and rows packed and attended to as the learner does it with trees."""
 CHECKED_PROMPTS: Final = 2
 """Prompts whose gradients are compared, in float32."""
 ROW_REPEATS: Final = 2
@@ -133,9 +133,7 @@ def build_way(
     if name in ("ours", "rows_packed"):
         lm: Any = load_language_model(model.hf_dir, weights)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(
-            model.hf_dir, dtype=weights, attn_implementation=name.removeprefix("rows_")
-        )
+        lm = AutoModelForCausalLM.from_pretrained(model.hf_dir, dtype=weights, attn_implementation="sdpa")
     lm.to(settings.device.value).train()
     if settings.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -220,7 +218,7 @@ def compare_gradients(settings: LearnerBench, model: BenchModel, completions: Co
 def _way(name: str, work: Work, settings: LearnerBench, model: BenchModel) -> Way:
     local = Local(work, settings.device)
     tokens, flops = learner_work(settings, model, trees=name == "ours")
-    own = {"rows_sdpa": "sdpa", "rows_eager": "eager"}
+    plain = name == "rows_sdpa"
     return Way(
         time=local.time,
         peak_mib=local.peak_mib,
@@ -229,8 +227,8 @@ def _way(name: str, work: Work, settings: LearnerBench, model: BenchModel) -> Wa
         repeats=ROW_REPEATS if name in ROWS else None,
         warm_up=lambda: None,
         settings={
-            "attention": own.get(name, "trees"),
-            "tokens_per_pass": settings.group * settings.prompt_len if name in own else settings.token_budget,
+            "attention": "sdpa" if plain else "trees",
+            "tokens_per_pass": tokens // settings.prompts if plain else settings.token_budget,
             "activation_checkpointing": settings.activation_checkpointing,
             "threads": settings.threads,
         },
