@@ -135,7 +135,7 @@ def write_adapter(folder: Path, model_dir: Path) -> Any:
     return model.double().merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("engine", [EngineKind.REFERENCE, EngineKind.VLLM])
+@pytest.mark.parametrize("engine", [EngineKind.REFERENCE, pytest.param(EngineKind.VLLM, marks=pytest.mark.long)])
 def test_an_adapter_is_applied(tmp_path: Path, catalogue: Catalogue, engine: EngineKind) -> None:
     write_tiny_model(tmp_path, catalogue)
     merged = write_adapter(tmp_path / "adapter", tmp_path)
