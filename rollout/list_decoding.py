@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,17 +12,9 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.list_constraint import ListConstraint
 from data.lists import read_lists
-from data.records import FORMAT_SEGMENT, BoolArray, Decode, DecodeSpec, Finish, IntArray, ListSpec, Prompt
+from data.records import FORMAT_SEGMENT, Decode, DecodeSpec, Finish, Groups, IntArray, ListSpec, Prompt
 from data.trie import ItemTrie
 from data.vocabulary import LIST_WORD
-
-
-class ListRecord(NamedTuple):
-    """Fields of `data.records.Groups` that lists fill."""
-
-    item_PGK: IntArray
-    segment_PGT: IntArray
-    finish_PG: np.ndarray
 
 
 def check_lists(prompts: Sequence[Prompt], spec: DecodeSpec, catalogue: Catalogue) -> None:
@@ -76,15 +68,22 @@ def list_constraint(trie: ItemTrie, lists: ListSpec, catalogue: Catalogue, vocab
     return ListConstraint(trie, lists, begin_token=begin, vocabulary_size=vocabulary_size)
 
 
-def list_record(
-    constraint: ListConstraint, prompts: Sequence[Prompt], token_PGT: IntArray, length_PG: IntArray, valid_PG: BoolArray
-) -> ListRecord:
-    """Items, spans and finish reasons of decoded lists."""
-    item_PGK, segment_PGT = read_lists(constraint, candidates_of(prompts), token_PGT, length_PG)
+def with_lists(groups: Groups, constraint: ListConstraint, prompts: Sequence[Prompt]) -> Groups:
+    """The groups with the items, spans and finish reasons of their lists, and without tokens that none of them has."""
+    tokens = max(1, int(groups.length_PG.max(initial=0)))
+    token_PGT = groups.token_PGT[..., :tokens]
+    item_PGK, segment_PGT = read_lists(constraint, candidates_of(prompts), token_PGT, groups.length_PG)
     text_PG = (segment_PGT == FORMAT_SEGMENT).sum(2)
     cut_PG = (text_PG > constraint.lists.text_tokens) & (constraint.lists.text_tokens > 0)
     finish_PG = np.where(cut_PG, Finish.LIST_TEXT_CUT.value, Finish.LIST.value)
-    return ListRecord(item_PGK, segment_PGT, np.where(valid_PG, finish_PG, Finish.ABSENT.value))
+    return replace(
+        groups,
+        token_PGT=token_PGT,
+        logp_PGT=groups.logp_PGT[..., :tokens],
+        finish_PG=np.where(groups.valid_PG, finish_PG, Finish.ABSENT.value),
+        item_PGK=item_PGK,
+        segment_PGT=segment_PGT,
+    )
 
 
 def candidates_of(prompts: Sequence[Prompt]) -> list[IntArray]:
