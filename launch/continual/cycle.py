@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError
-from data.feedback import FORMAT, SUCCESS
 from data.feedback_reading import FeedbackChecks
-from launch.continual.files import Files, json_bytes
+from launch.continual.files import Files
 from launch.continual.guard import Checked, Outcome, check, passes, wanted
 from launch.continual.journal import FileFacts, Journal, Pass, PassState, changes
 from launch.continual.log_folder import LogFolder, UnusableFile, missing_days, waits_for
 from launch.continual.reasons import Decision, Reason, Told
 from launch.continual.registry import Registry, digest_of, folder_digests
+from launch.continual.row_folders import RowFolders
 from launch.continual.rows import HELD_OUT, REQUESTS, TRAIN, RowReport, read_rows, unusable
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
 from launch.continual.updating import Interrupted, Update, Updater
@@ -101,6 +101,7 @@ class Cycle:
         self._journal = Journal(root / "journal", files)
         self._rows = root / "rows"
         self._work = root / "work"
+        self._folders = RowFolders(self._rows, files)
 
     def run(self, first_day: str = "") -> list[Result]:
         """Finish the pass that is open, then take every complete day with something new, in order.
@@ -251,11 +252,15 @@ class Cycle:
         told = unusable(report, self._settings.rows)
         if told is not None:
             return self._skipped(one, (told,))
+        trained = (f"{one.name}/{TRAIN}", *self._carry())
+        rows, fewest = self._folders.rows(trained), self._updater.fewest_rows
+        if rows < fewest:
+            few = Told(reason=Reason.TOO_FEW_ROWS, found=f"{rows}, an update takes {fewest}; the next one has them")
+            return replace(self._skipped(one, (few,)), carry=(*self._carry(), *_sources(one)))
         work, parent = self._work / one.name, self._registry.version(one.parent).path
         self._files.make_folder(work)
-        trained = (f"{one.name}/{TRAIN}", *self._carry())
-        feedback = self._feedback(work / "feedback", trained)
-        held_out = self._feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
+        feedback = self._folders.feedback(work / "feedback", trained)
+        held_out = self._folders.feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
         model = self._updater.update(Update(parent=parent, feedback=feedback, work=work / "update"))
         conditions = self._settings.guard.conditions
         checked = check(conditions, self._updater.measure(model, parent, held_out, wanted(conditions)))
@@ -279,12 +284,11 @@ class Cycle:
         if promoted and one.candidate not in served:
             assert one.decided_at is not None
             self._registry.promote(one.candidate, at=one.decided_at, why=f"update by {one.day}, pass {one.number}")
-        held, train = f"{one.name}/{HELD_OUT}", f"{one.name}/{TRAIN}"
         carry = self._carry()
         if promoted:
-            carry = (held,)
+            carry = (f"{one.name}/{HELD_OUT}",)
         elif self._settings.on_reject is RejectRule.ACCUMULATE:
-            carry = (*carry, train, held)
+            carry = (*carry, *_sources(one))
         done = replace(one, state=PassState.DONE, carry=carry)
         self._journal.write(done)
         self._sweep()
@@ -328,37 +332,17 @@ class Cycle:
         return replace(checks, policies=frozenset(names | set(self._settings.policies)))
 
     def _earlier(self, one: Pass) -> list[Path]:
-        """Request digests of the passes that used rows, near enough in time."""
+        """Request digests of the passes whose rows were or will be used, near enough in time."""
+        carrying = {source.split("/")[0] for source in self._carry()}
         near = [
             other
             for other in self._journal.passes()
-            if other.decision in (Decision.PROMOTED, Decision.REJECTED)
+            if (other.decision in (Decision.PROMOTED, Decision.REJECTED) or other.name in carrying)
             and other.name != one.name
             and abs((date.fromisoformat(other.day) - date.fromisoformat(one.day)).days) <= self._settings.duplicate_days
         ]
         paths = [self._rows / other.name / REQUESTS for other in near]
         return [path for path in paths if path.exists()]
-
-    def _feedback(self, folder: Path, sources: Sequence[str]) -> Path:
-        """A feedback log that names the files of row folders; made again from the start after a crash."""
-        if folder.exists():
-            return folder
-        partial = folder.with_name(f".{folder.name}.partial")
-        if partial.exists():
-            self._files.remove(partial)
-        promised: dict[str, dict[str, int]] = {}
-        for source in sources:
-            day = partial / f"day={source.split('.')[0]}"
-            self._files.make_folder(day)
-            report = RowReport.read((self._rows / source).parent)
-            for path in sorted((self._rows / source).glob("*.parquet")):
-                name = f"{source.replace('/', '-')}-{path.name}"
-                self._files.link(day / name, str(path.resolve()))
-                promised.setdefault(day.name, {})[name] = report.files[f"{path.parent.name}/{path.name}"]
-        for name, rows in promised.items():
-            self._files.write(partial / name / SUCCESS, json_bytes({"format": FORMAT, "rows": rows}))
-        self._files.rename(partial, folder)
-        return folder
 
     def _carry(self) -> tuple[str, ...]:
         """Row folders that earlier passes left for the next update."""
@@ -373,13 +357,7 @@ class Cycle:
         for path in sorted(self._work.iterdir()):
             if path.name not in opened:
                 self._files.remove_folder(path)
-        for path in sorted(self._rows.iterdir()):
-            if path.name in opened:
-                continue
-            self._files.clear_leftovers(path)
-            for part in (TRAIN, HELD_OUT):
-                if f"{path.name}/{part}" not in carried and (path / part).exists():
-                    self._files.remove_folder(path / part)
+        self._folders.sweep(carried, opened)
 
     # --- the model ---
 
@@ -415,6 +393,11 @@ def begin_registry(registry: Registry, model: Path, *, at: float) -> None:
     if registry.current() is None:
         registry.add(1, model, {"parent": None, "source": str(model)})
         registry.promote(1, at=at, why="the first version")
+
+
+def _sources(one: Pass) -> tuple[str, str]:
+    """The row folders of a pass."""
+    return f"{one.name}/{TRAIN}", f"{one.name}/{HELD_OUT}"
 
 
 def _verdict(checked: Sequence[Checked]) -> list[Told]:

@@ -47,6 +47,8 @@ class Reason(StrEnum):
     """Skipped: the mean weight of a uniform policy, at most 1 in expectation, is above `weight_limit`."""
     NOTHING_TO_TRAIN = "nothing_to_train"
     """Skipped: no usable row is left."""
+    TOO_FEW_ROWS = "too_few_rows"
+    """Skipped: less than an update takes; the next one trains on these rows as well."""
     NOTHING_HELD_OUT = "nothing_held_out"
     """Skipped: no usable row among the last ones, which the guard needs."""
     LATE_DAY = "late_day"

@@ -30,6 +30,11 @@ class Update:
 class Updater(Protocol):
     """Trains and measures models."""
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that an update takes."""
+        ...
+
     def checks(self, model: Path) -> FeedbackChecks:
         """What the rows of the log must be for this model; the cycle adds the policies it knows."""
         ...

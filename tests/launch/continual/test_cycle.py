@@ -111,6 +111,14 @@ def test_what_a_rejected_update_had_from_before_is_not_lost(place: Place) -> Non
     assert place.weights()[2] == ids(one, range(36, 40)) | ids(three, range(36))
 
 
+def test_few_rows_wait_for_more(place: Place) -> None:
+    one, two = days(2)
+    place.day(one, range(20))
+    place.day(two)
+    assert told(place.run()) == [("01", "skipped", ["too_few_rows"]), ("02", "promoted", ["guard_passed"])]
+    assert place.weights()[1] == ids(one, range(20)) | ids(two, range(36))
+
+
 def test_late_and_rewritten_files_can_be_quarantined(place: Place) -> None:
     one, two = days(2)
     quarantine = SETTINGS.model_copy(update={"late": LateRule.QUARANTINE})
