@@ -43,7 +43,8 @@ def load_ranker(source: Path | str, options: Mapping[str, Option] | None = None)
 
     Args:
         source: an artefact folder, a `.onnx` file, or `package.module:Class`.
-        options: keyword arguments of the class, or of `OnnxRanker` for a `.onnx` file; none for artefacts.
+        options: keyword arguments of the class, or of `OnnxRanker` for a `.onnx` file; of artefacts only a critic
+            takes one: `need`, which its scores are for.
 
     Raises:
         RequestError: nothing of that name, a damaged artefact, or a class that is no ranker.
@@ -51,9 +52,7 @@ def load_ranker(source: Path | str, options: Mapping[str, Option] | None = None)
     name = str(source)
     path = Path(source)
     if path.is_dir():
-        if options:
-            raise RequestError("ranker_options", dict(options), f"none for the artefact {name}: it holds its own")
-        return open_ranker(RankerArtefact.open(path))
+        return open_ranker(RankerArtefact.open(path), options)
     if path.suffix == ".onnx":
         from reward.onnx_ranker import OnnxRanker
 
@@ -64,17 +63,25 @@ def load_ranker(source: Path | str, options: Mapping[str, Option] | None = None)
     raise RequestError("ranker", name, "an artefact folder, a .onnx file, or package.module:Class")
 
 
-def open_ranker(artefact: RankerArtefact) -> Ranker:
-    """The ranker of an opened artefact.
+def open_ranker(artefact: RankerArtefact, options: Mapping[str, Option] | None = None) -> Ranker:
+    """The ranker of an opened artefact; `options` as in `load_ranker`.
 
     Raises:
-        RequestError: an unknown kind, or tensors that do not fit it.
+        RequestError: an unknown kind, tensors that do not fit it, or options that it does not take.
     """
     from reward.cooccurrence import CooccurrenceRanker
+    from reward.critic import CriticRanker
     from reward.popularity import PopularityRanker
     from reward.sasrec import SASRecRanker
 
+    given = dict(options or {})
+    need = given.pop("need", None) if artefact.kind == "critic" else None
+    if given or not isinstance(need, str | None):
+        raise RequestError(
+            "ranker_options", dict(options or {}), f"none for the artefact {artefact.folder}: it holds its own"
+        )
     kinds: dict[str, Callable[[RankerArtefact], Ranker]] = {
+        "critic": lambda opened: CriticRanker.from_artefact(opened, need),
         "sasrec": SASRecRanker.from_artefact,
         "cooccurrence": CooccurrenceRanker.from_artefact,
         "popularity": PopularityRanker.from_artefact,
