@@ -1,7 +1,8 @@
 """`windlass bench reward`: the rewards of a batch as one call, against the same path list by list.
 
 A list is a prompt's group of completions with its history. The ranker is a SASRec with random weights; items matched,
-ranks and ranker scores are weighted together as in a job. Neither Ray nor a server is involved.
+ranks and ranker scores are weighted together as in a job. Neither Ray nor a server is involved. `swaps` in the answer
+is the credit of ranked lists by swaps (`launch.bench.swaps`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from launch.bench.ceiling import causal_pairs, matmul_ceiling_tflops
 from launch.bench.frame import Local, Way, answer, paired, ratio
 from launch.bench.models import bench_catalogue
 from launch.bench.settings import BenchSettings, Device
+from launch.bench.swaps import swap_figures
 from reward.batch_scoring import BatchScores, score_batch
 from reward.client import RewardClient
 from reward.sasrec import SASRec, SASRecRanker, SASRecShape
@@ -42,6 +44,10 @@ class RewardBench(BenchSettings):
     """Items of each history."""
     ranker_width: int = Field(64, ge=4, le=4096)
     """Width of the ranker."""
+    swap_lists: int = Field(1_000_000, ge=1)
+    """Ranked lists whose swap credit is timed, on one core whatever `--threads` says."""
+    swap_items: int = Field(30, ge=2, le=1000)
+    """Items of each of them."""
     reward: RewardSettings = RewardSettings(ranker="sasrec", ranker_score=1.0, ranker_transform=RankerTransform.SIGMOID)
     """Sources, weights, and samples per call of the ranker (`chunk`)."""
 
@@ -79,15 +85,17 @@ def reward_command(
 
     ways = {"ours": way(batch, settings.reward.chunk), "loop": way(loop, 1)}
     seconds = paired(ways, settings.repeats)
+    swaps = swap_figures(settings.swap_lists, settings.swap_items, settings.repeats, settings.seed)
     gap = float(np.abs(batch().reward_PG - np.concatenate([one.reward_PG for one in loop()])).max())
     filled = answer(
         settings,
         ways,
         seconds,
         ceiling_tflops=ceiling,
-        checked=gap <= TOLERANCE and bool(batch().usable_P.all()),
+        checked=gap <= TOLERANCE and bool(batch().usable_P.all()) and swaps["checked"],
         speedup_vs_loop=ratio(seconds, "loop", "ours"),
         check={"reward_gap_max": gap, "tolerance": TOLERANCE},
+        swaps=swaps,
     )
     return {"lists_per_s": settings.prompts / filled["seconds"]["median"], **filled}
 

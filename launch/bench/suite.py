@@ -62,7 +62,9 @@ SUITE: Final[Mapping[str, Part]] = {
         on_card=("--model", "0.5b", "--movers", "cuda_ipc"),
         ratios=("link_fraction",),
     ),
-    "reward": Part(arguments=("--prompts", "128", "--repeats", "5"), ratios=("speedup_vs_loop",)),
+    "reward": Part(
+        arguments=("--prompts", "128", "--repeats", "5", "--swap-lists", "100000"), ratios=("speedup_vs_loop",)
+    ),
     "data": Part(arguments=("--rows", "200000", "--repeats", "3", "--items", "20000"), ratios=("fraction_of_read",)),
 }
 

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from launch.bench import reward, sync
+from launch.bench import reward, swaps, sync
 from launch.bench.data import DataBench, data_command
 from launch.bench.reward import RewardBench, ranker_flops, reward_command
 from launch.bench.sync import SyncBench, sync_command
 from reward.batch_scoring import BatchScores
 from reward.sasrec import SASRec, SASRecShape
+from reward.swap_credit import SwapForm, swap_credit
 from tests.launch.test_bench_rollout import bench
 
 
@@ -32,14 +34,18 @@ def _threads() -> Iterator[None]:
 
 def test_rewards_need_no_vllm_ray_or_deepspeed(tmp_path: Path) -> None:
     few = ("--model", "tiny", "--prompts", "7", "--history", "9", "--repeats", "1", "--threads", "1")
-    answer = bench(tmp_path, "reward", *few, blocked=True)
+    answer = bench(tmp_path, "reward", *few, "--swap-lists", "500", "--swap-items", "6", blocked=True)
     assert answer["checked"] is True
+    credit: Any = answer["swaps"]
+    assert (credit["lists"], credit["items"], credit["threads"], credit["checked"]) == (500, 6, 1, True)
+    assert credit["lists_per_s"] > 0
+    assert credit["speedup_vs_loop"] > 0
     assert answer["lists_per_s"] > 0  # type: ignore[operator]
     assert answer["speedup_vs_loop"] > 0  # type: ignore[operator]
 
 
 def test_rewards_that_depend_on_the_batch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = RewardBench(model="tiny", prompts=5, history=4, repeats=1, threads=1)
+    settings = RewardBench(model="tiny", prompts=5, history=4, repeats=1, threads=1, swap_lists=40)
     right = reward.score_batch
 
     def wrong(*arguments: Any, chunk: int) -> BatchScores:
@@ -50,6 +56,13 @@ def test_rewards_that_depend_on_the_batch_are_noticed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(reward, "score_batch", wrong)
     assert reward_command(settings)["checked"] is False
+
+
+def test_wrong_swap_credit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert swaps.swap_figures(40, 5, 1, 0)["checked"] is True
+    monkeypatch.setattr(swaps, "swap_credit", lambda gains, form: swap_credit(gains, SwapForm.ALL_PAIRS))
+    assert swaps.swap_figures(40, 5, 1, 0)["checked"] is False
+    assert swaps.real_swaps(np.zeros(3, np.float32)) == [0.0, 0.0, 0.0]
 
 
 def test_operations_of_a_ranker() -> None:
