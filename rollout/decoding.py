@@ -80,7 +80,7 @@ def decode(
     *,
     prompts: Sequence[IntArray],
     prompt_id_P: LongArray,
-    exclusions: Sequence[IntArray],
+    items: Sequence[IntArray],
     spec: DecodeSpec,
     levels: Sequence[Tensor] | None = None,
     scored_PMT: Tensor | None = None,
@@ -88,6 +88,7 @@ def decode(
     """Complete every prompt `spec.width` times.
 
     Args:
+        items: what each prompt brings to the constraint: items it may not get, or the candidates of its list.
         levels: per token of a completion, the tokens (increasing) that the constraint can ever allow there; by default
             logits of the whole vocabulary are computed.
         scored_PMT: int64 `[P, M, T]`, padded with -1; completions whose log-probabilities are wanted too.
@@ -95,7 +96,7 @@ def decode(
     Raises:
         RunError: the logits are not finite on a legal token, or the constraint has a dead end.
     """
-    state = constraint.start(exclusions)
+    state = constraint.start(items)
     head = _Head(levels)
     try:
         logits_PV = backend.prefill(prompts, spec.width, constraint.max_tokens - 1, head.vocabulary(0))

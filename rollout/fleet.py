@@ -20,6 +20,7 @@ from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
 from rollout.engine import engine_class, longest_sequence
 from rollout.group_decoder import has_exclusions
+from rollout.list_violations import ListViolation
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation, ViolationCounter
 
@@ -46,7 +47,7 @@ class RolloutFleet:
     """Actor handles by engine id; their methods are those of `rollout.engine.Engine`."""
     _violations: ViolationCounter
     _actor_options: Mapping[str, Any]
-    violations: Counter[Violation] = field(default_factory=Counter)
+    violations: Counter[Violation | ListViolation] = field(default_factory=Counter)
     """`constraint.violations`: over all requests so far, by reason; must stay 0."""
     shards: Counter[str] = field(default_factory=Counter)
     """Shards answered, by engine."""

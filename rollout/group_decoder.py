@@ -157,7 +157,7 @@ class GroupDecoder:
                     constraint,
                     prompts=[prompt.token_ids for prompt in some],
                     prompt_id_P=np.array([prompt.prompt_id for prompt in some], np.int64),
-                    exclusions=candidates_of(some) if spec.lists else [prompt.exclusions for prompt in some],
+                    items=candidates_of(some) if spec.lists else [prompt.exclusions for prompt in some],
                     spec=spec,
                     levels=self._levels if spec.constrained and spec.lists is None else None,
                     scored_PMT=self._paths(some, most) if most else None,

@@ -13,6 +13,7 @@ import numpy as np
 
 from data.catalogue import Catalogue
 from data.records import NO_ITEM, Decode, Groups, Prompt
+from rollout.list_violations import ListViolation, ListViolationCounter
 
 
 class Violation(StrEnum):
@@ -35,17 +36,21 @@ class Violation(StrEnum):
 
 
 class ViolationCounter:
-    """Counts violations of constrained groups over a catalogue."""
+    """Counts violations of constrained groups over a catalogue, those of lists with `ListViolationCounter`."""
 
     def __init__(self, catalogue: Catalogue) -> None:
+        self._lists = ListViolationCounter(catalogue)
         self._active = catalogue.active
         self._items_of_path: dict[bytes, list[int]] = {}
         for item in range(catalogue.n_items):
             self._items_of_path.setdefault(catalogue.tokens(item).astype(np.int32).tobytes(), []).append(item)
 
-    def count(self, prompts: Sequence[Prompt], groups: Groups) -> Mapping[Violation, int]:
+    def count(self, prompts: Sequence[Prompt], groups: Groups) -> Mapping[Violation | ListViolation, int]:
         """Violations by reason, 0 included; groups that were decoded without a constraint have none."""
-        counts = Counter({reason: 0 for reason in Violation})
+        if groups.spec.lists is not None:
+            of_lists: dict[Violation | ListViolation, int] = {**self._lists.count(prompts, groups)}
+            return of_lists
+        counts: Counter[Violation | ListViolation] = Counter({reason: 0 for reason in Violation})
         if not groups.spec.constrained:
             return counts
         for row, prompt in enumerate(prompts):

@@ -88,7 +88,7 @@ def run(
         constraint,
         prompts=[np.array(prompt, np.int32) for prompt in prompts],
         prompt_id_P=np.array(ids if ids is not None else range(len(prompts)), np.int64),
-        exclusions=excluded,
+        items=excluded,
         spec=spec,
         levels=[trie.level_tokens(depth) for depth in range(trie.depth)] if level_head else None,
     )
@@ -265,7 +265,7 @@ def draw_sets(
         TrieConstraint(catalogue.trie(), exclude=bool(len(excluded))),
         prompts=[np.array([1], np.int32)] * draws,
         prompt_id_P=np.arange(draws),
-        exclusions=[excluded] * draws,
+        items=[excluded] * draws,
         spec=spec,
     )
     groups = Groups(
@@ -355,7 +355,7 @@ def test_unconstrained_beams_search_the_whole_vocabulary() -> None:
         Unconstrained(catalogue.trie(), vocabulary_size=size, max_tokens=3),
         prompts=[np.array([3, 1], np.int32)],
         prompt_id_P=np.zeros(1, np.int64),
-        exclusions=[np.empty(0, np.int32)],
+        items=[np.empty(0, np.int32)],
         spec=DecodeSpec(decode=Decode.BEAM, width=size**2 + 1, constrained=False),
     )
     free = {(a, b, c): -1 for a in range(size) for b in range(size) for c in range(size)}
