@@ -48,8 +48,8 @@ class ViolationCounter:
     def count(self, prompts: Sequence[Prompt], groups: Groups) -> Mapping[Violation | ListViolation, int]:
         """Violations by reason, 0 included; groups that were decoded without a constraint have none."""
         if groups.spec.lists is not None:
-            of_lists: dict[Violation | ListViolation, int] = {**self._lists.count(prompts, groups)}
-            return of_lists
+            # A mapping is invariant in its keys, so this one is written anew.
+            return {reason: number for reason, number in self._lists.count(prompts, groups).items()}
         counts: Counter[Violation | ListViolation] = Counter({reason: 0 for reason in Violation})
         if not groups.spec.constrained:
             return counts
