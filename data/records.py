@@ -101,6 +101,11 @@ class Prompt:
     observed_C: BoolArray | None = None
     """Candidates whose gain was observed."""
 
+    @property
+    def constraint_items(self) -> IntArray:
+        """What the prompt brings to its constraint: the candidates of its list, or the items it may not get."""
+        return self.exclusions if self.candidates is None else self.candidates
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListSpec:

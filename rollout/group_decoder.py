@@ -19,7 +19,7 @@ from data.list_constraint import ListConstraint
 from data.records import NO_ITEM, BoolArray, Decode, DecodeSpec, Finish, Groups, IntArray, Prompt
 from data.trie_constraint import TrieConstraint
 from rollout.decoding import Backend, Completions, decode
-from rollout.list_decoding import candidates_of, check_lists, list_constraint, with_lists
+from rollout.list_decoding import check_lists, list_constraint, with_lists
 from rollout.settings import HeadRows
 from rollout.unconstrained import Unconstrained
 
@@ -157,7 +157,7 @@ class GroupDecoder:
                     constraint,
                     prompts=[prompt.token_ids for prompt in some],
                     prompt_id_P=np.array([prompt.prompt_id for prompt in some], np.int64),
-                    items=candidates_of(some) if spec.lists else [prompt.exclusions for prompt in some],
+                    items=[prompt.constraint_items for prompt in some],
                     spec=spec,
                     levels=self._levels if spec.constrained and spec.lists is None else None,
                     scored_PMT=self._paths(some, most) if most else None,

@@ -12,7 +12,7 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.list_constraint import ListConstraint
 from data.lists import read_lists
-from data.records import FORMAT_SEGMENT, Decode, DecodeSpec, Finish, Groups, IntArray, ListSpec, Prompt
+from data.records import FORMAT_SEGMENT, Decode, DecodeSpec, Finish, Groups, ListSpec, Prompt
 from data.trie import ItemTrie
 from data.vocabulary import LIST_WORD
 
@@ -72,7 +72,8 @@ def with_lists(groups: Groups, constraint: ListConstraint, prompts: Sequence[Pro
     """The groups with the items, spans and finish reasons of their lists, and without tokens that none of them has."""
     tokens = max(1, int(groups.length_PG.max(initial=0)))
     token_PGT = groups.token_PGT[..., :tokens]
-    item_PGK, segment_PGT = read_lists(constraint, candidates_of(prompts), token_PGT, groups.length_PG)
+    candidates = [prompt.constraint_items for prompt in prompts]
+    item_PGK, segment_PGT = read_lists(constraint, candidates, token_PGT, groups.length_PG)
     text_PG = (segment_PGT == FORMAT_SEGMENT).sum(2)
     cut_PG = (text_PG > constraint.lists.text_tokens) & (constraint.lists.text_tokens > 0)
     finish_PG = np.where(cut_PG, Finish.LIST_TEXT_CUT.value, Finish.LIST.value)
@@ -84,8 +85,3 @@ def with_lists(groups: Groups, constraint: ListConstraint, prompts: Sequence[Pro
         item_PGK=item_PGK,
         segment_PGT=segment_PGT,
     )
-
-
-def candidates_of(prompts: Sequence[Prompt]) -> list[IntArray]:
-    """The candidates of each prompt, which `check_lists` found to be there."""
-    return [prompt.candidates for prompt in prompts if prompt.candidates is not None]

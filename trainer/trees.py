@@ -44,7 +44,7 @@ class Completions:
     valid_PG: BoolArray
     """False slots are absent and cost nothing."""
     exclusions: list[IntArray]
-    """Items that each prompt may not get; the constraint is replayed with them."""
+    """Items that the constraint is replayed with: those each prompt may not get, or the candidates of its list."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,7 +78,7 @@ class Completions:
             token_PGT=groups.token_PGT,
             length_PG=groups.length_PG,
             valid_PG=groups.valid_PG,
-            exclusions=[prompt.exclusions for prompt in prompts],
+            exclusions=[prompt.constraint_items for prompt in prompts],
         )
 
     @staticmethod
