@@ -8,6 +8,8 @@ prompt of P, rows compute G (P + R) tokens and trees P + G R: the limit of the s
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Annotated, Any, Final, Protocol
 
 import numpy as np
@@ -19,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from data.errors import RequestError
 from launch.bench.ceiling import causal_pairs, matmul_ceiling_tflops
-from launch.bench.frame import Local, Way, answer, paired
+from launch.bench.child import Child, Functions
+from launch.bench.frame import Way, answer, paired
 from launch.bench.models import BenchModel, bench_model, bench_prompts
 from launch.bench.settings import BenchSettings
 from rollout.settings import EngineDtype
@@ -63,18 +66,54 @@ def learner_command(
     settings: Annotated[LearnerBench, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
     """Time forward and backward over packed trees and over rows, and compare their gradients."""
-    dtype = getattr(torch, settings.dtype.value)
-    with bench_model(settings) as model:
-        ceiling = matmul_ceiling_tflops(dtype, threads=settings.threads, device=settings.device)
-        torch.set_num_threads(settings.threads)
-        completions = random_completions(settings, model)
-        works = {name: build_way(name, settings, model, completions) for name in ("ours", *ROWS)}
-        few = completions.take(np.arange(min(CHECKED_PROMPTS, settings.prompts)))
-        check = compare_gradients(settings, model, few)
-    logp_X = {name: work() for name, work in works.items()}  # warms them up
-    gap_X = torch.stack([(logp_X["ours"] - logp_X[name]).abs() for name in ROWS]).amax(0)
-    ways = {name: _way(name, work, settings, model) for name, work in works.items()}
-    seconds = paired(ways, settings.repeats)
+    with bench_model(settings) as model, ExitStack() as stack:
+        random_completions(settings, model)  # refuses a group that is too large before anything starts
+        ceiling = matmul_ceiling_tflops(
+            getattr(torch, settings.dtype.value), threads=settings.threads, device=settings.device
+        )
+        with _child(build_check, settings, model) as child:
+            check = child.call("check")
+        children = {name: stack.enter_context(_child(build_alone, settings, model, name)) for name in ("ours", *ROWS)}
+        logp_X = {name: child.call("logp") for name, child in children.items()}
+        ways = {name: _way(name, child, settings, model) for name, child in children.items()}
+        seconds = paired(ways, settings.repeats)
+        filled = _answer(settings, model, ways, seconds, ceiling, check)
+    gap_X = np.stack([np.abs(logp_X["ours"] - logp_X[name]) for name in ROWS]).max(0)
+    return {**filled, "logp_gap": {"mean": float(gap_X.mean()), "max": float(gap_X.max())}}
+
+
+def _child(build: Callable[..., Functions], settings: LearnerBench, model: BenchModel, *arguments: Any) -> Child:
+    """A process whose threads do not spin while they wait: on a busy machine they would wait for each other."""
+    environment = {"OMP_NUM_THREADS": str(settings.threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return Child(build, settings, model, *arguments, environment=environment, device=settings.device)
+
+
+def build_alone(settings: LearnerBench, model: BenchModel, name: str) -> Functions:
+    """One way in this process."""
+    torch.set_num_threads(settings.threads)
+    work = build_way(name, settings, model, random_completions(settings, model))
+
+    def run() -> None:
+        work()
+
+    return {"work": run, "logp": lambda: work().numpy(), "close": lambda: None}
+
+
+def build_check(settings: LearnerBench, model: BenchModel) -> Functions:
+    """The comparison of gradients."""
+    torch.set_num_threads(settings.threads)
+    few = random_completions(settings, model).take(np.arange(min(CHECKED_PROMPTS, settings.prompts)))
+    return {"check": lambda: compare_gradients(settings, model, few), "close": lambda: None}
+
+
+def _answer(
+    settings: LearnerBench,
+    model: BenchModel,
+    ways: Mapping[str, Way],
+    seconds: Mapping[str, list[float]],
+    ceiling: float,
+    check: Mapping[str, float],
+) -> dict[str, Any]:
     median = {name: statistics.median(found) for name, found in seconds.items()}
     fastest = min(ROWS, key=lambda name: median[name])
     speedup, limit = median[fastest] / median["ours"], row_limit(settings, model.levels)
@@ -89,8 +128,7 @@ def learner_command(
         speedup_vs_rows=speedup,
         fastest_rows=fastest,
         speedups={name: median[name] / median["ours"] for name in ROWS},
-        check={**check, "tolerance": TOLERANCE, "prompts": len(few.prompt_tokens)},
-        logp_gap={"mean": float(gap_X.mean()), "max": float(gap_X.max())},
+        check={**check, "tolerance": TOLERANCE, "prompts": min(CHECKED_PROMPTS, settings.prompts)},
         model=model.record(),
     )
 
@@ -215,17 +253,16 @@ def compare_gradients(settings: LearnerBench, model: BenchModel, completions: Co
     return {"gradient_gap": max(gaps), "logp_gap": logp_gap}
 
 
-def _way(name: str, work: Work, settings: LearnerBench, model: BenchModel) -> Way:
-    local = Local(work, settings.device)
+def _way(name: str, child: Child, settings: LearnerBench, model: BenchModel) -> Way:
     tokens, flops = learner_work(settings, model, trees=name == "ours")
     plain = name == "rows_sdpa"
     return Way(
-        time=local.time,
-        peak_mib=local.peak_mib,
+        time=child.timer("work"),
+        peak_mib=lambda: child.peak_mib("work"),
         tokens=tokens,
         flops=flops,
         repeats=ROW_REPEATS if name in ROWS else None,
-        warm_up=lambda: None,
+        warm_up=lambda: None,  # it has computed its scores
         settings={
             "attention": "sdpa" if plain else "trees",
             "tokens_per_pass": tokens // settings.prompts if plain else settings.token_budget,

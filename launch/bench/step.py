@@ -179,7 +179,11 @@ def build_ours(settings: StepBench, hf_dir: Path) -> Functions:
             "rows": rows,
             "tokens_per_row": last["tokens/policy"] / rows,
             "policy_gap_mean": last["policy_gap/mean"],
-            "phase_seconds": {name: spent / learners.step for name, spent in loop.timer.take().items()},
+            "phase_seconds": {
+                name.removeprefix("time/"): spent / learners.step
+                for name, spent in loop.timer.take().items()
+                if name != "time/step"
+            },
         }
 
     def close() -> None:
