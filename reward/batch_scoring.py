@@ -6,6 +6,7 @@ So every call of the ranker has the same number of rows, and the result is a fun
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.records import FloatArray, IntArray, RewardFailure
-from reward.ranker import CatalogueRanker, Ranker
+from reward.ranker import CatalogueRanker, Ranker, UncertainRanker
 
 LOG = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class BatchScores:
     """One array per sample, as long as its candidates; empty where the sample failed."""
     failure_N: npt.NDArray[np.str_]
     """A `RewardFailure` per sample; the empty string when it was scored."""
+    variances: list[FloatArray] | None = None
+    """Variances of the scores, in their shapes; None where the ranker has none."""
 
     @staticmethod
     def failed(count: int, reason: RewardFailure) -> BatchScores:
@@ -41,34 +44,55 @@ def score_batch(
     """Score every sample that is sound; a bad sample fails alone, a raising ranker fails its chunk.
 
     Item ids must be at least 0 and, where the ranker knows its catalogue, below its size (`bad_request`). Scores that
-    are not finite fail their sample (`non_finite`); an exception or scores of a wrong length fail the chunk (`error`).
+    are not finite, and variances that are not or are zero, fail their sample (`non_finite`); an exception or scores of
+    a wrong length fail the chunk (`error`).
     """
     limit = ranker.n_items if isinstance(ranker, CatalogueRanker) else None
     count = len(histories)
     result = BatchScores.failed(count, RewardFailure.BAD_REQUEST)
+    if isinstance(ranker, UncertainRanker):
+        result = dataclasses.replace(result, variances=[np.zeros(0, np.float32) for _ in range(count)])
     sound = [i for i in range(count) if _known(histories[i], limit) and _known(candidates[i], limit)]
     for first in range(0, len(sound), chunk):
         rows = sound[first : first + chunk]
         padded = rows + [rows[-1]] * (chunk - len(rows))
         wanted = [candidates[i] for i in padded]
         try:
-            raw = ranker.score([histories[i] for i in padded], wanted)
-            found = [np.asarray(row, np.float32) for row in raw]
+            found, variances = _ask(ranker, [histories[i] for i in padded], wanted)
         except Exception:  # a ranker is foreign code: whatever it raises becomes the reason `error` of its samples
             LOG.exception("the ranker failed on %d samples", len(rows))
-            found = []
-        if [row.shape for row in found] != [(len(row),) for row in wanted]:
+            found, variances = [], []
+        shapes = [(len(row),) for row in wanted]
+        if [row.shape for row in found] != shapes or [row.shape for row in variances] != shapes:
             if found:
                 LOG.error("the ranker returned scores that do not match the candidates of %d samples", len(rows))
             result.failure_N[rows] = RewardFailure.ERROR.value
             continue
-        for i, scores in zip(rows, found, strict=False):
-            if np.isfinite(scores).all():
-                result.scores[i] = scores
-                result.failure_N[i] = RewardFailure.NONE.value
-            else:
+        for i, scores, variance in zip(rows, found, variances, strict=False):
+            if not np.isfinite(scores).all() or not usable_variances(variance):
                 result.failure_N[i] = RewardFailure.NON_FINITE.value
+                continue
+            result.scores[i] = scores
+            result.failure_N[i] = RewardFailure.NONE.value
+            if result.variances is not None:
+                result.variances[i] = variance
     return result
+
+
+def usable_variances(variance: FloatArray) -> bool:
+    """True where all are finite and above 0."""
+    return bool((np.isfinite(variance) & (variance > 0)).all())
+
+
+def _ask(
+    ranker: Ranker, histories: list[IntArray], candidates: list[IntArray]
+) -> tuple[list[FloatArray], list[FloatArray]]:
+    """Scores and their variances, 1 each where the ranker has none."""
+    if isinstance(ranker, UncertainRanker):
+        raw, spread = ranker.score_with_variance(histories, candidates)
+        return [np.asarray(row, np.float32) for row in raw], [np.asarray(row, np.float32) for row in spread]
+    found = [np.asarray(row, np.float32) for row in ranker.score(histories, candidates)]
+    return found, [np.ones(row.shape, np.float32) for row in found]
 
 
 def _known(items: IntArray, limit: int | None) -> bool:

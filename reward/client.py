@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from data.records import IntArray, RewardFailure
-from reward.batch_scoring import BatchScores
+from data.records import FloatArray, IntArray, RewardFailure
+from reward.batch_scoring import BatchScores, usable_variances
 from reward.settings import RewardSettings
 from reward.wire import ScoreCall, ScoreReply
 
@@ -59,20 +60,32 @@ class RewardClient:
 
 
 def checked(reply: BatchScores, call: ScoreCall) -> BatchScores:
-    """A reply from a service that may be anybody's: as many scores as asked for, all finite, or a reason."""
+    """A reply from a service that may be anybody's: as many scores as asked for, all finite, or a reason.
+
+    Variances, where there are any, are as many as the scores, finite and above 0.
+    """
     wanted = np.diff(call.candidate_offsets)
-    if len(reply.scores) != len(call) or len(reply.failure_N) != len(call):
+    variances = reply.variances
+    if any(part is not None and len(part) != len(call) for part in (reply.scores, reply.failure_N, variances)):
         return BatchScores.failed(len(call), RewardFailure.ERROR)
     known = {reason.value for reason in RewardFailure}
     failure_N = np.array([str(reason) for reason in reply.failure_N], dtype="U16")
     for i, row in enumerate(reply.scores):
-        if failure_N[i] not in known or (failure_N[i] == "" and len(row) != wanted[i]):
+        counts = {len(row)} if variances is None else {len(row), len(variances[i])}
+        if failure_N[i] not in known or (failure_N[i] == "" and counts != {wanted[i]}):
             failure_N[i] = RewardFailure.ERROR.value
-        elif not np.isfinite(row).all():
+        elif not np.isfinite(row).all() or (variances is not None and not usable_variances(variances[i])):
             failure_N[i] = RewardFailure.NON_FINITE.value
+    return BatchScores(
+        scores=_without_failed(reply.scores, failure_N),
+        failure_N=failure_N,
+        variances=None if variances is None else _without_failed(variances, failure_N),
+    )
+
+
+def _without_failed(rows: Sequence[FloatArray], failure_N: npt.NDArray[np.str_]) -> list[FloatArray]:
     empty = np.zeros(0, np.float32)
-    scores = [empty if reason else row for row, reason in zip(reply.scores, failure_N, strict=True)]
-    return BatchScores(scores=scores, failure_N=failure_N)
+    return [empty if reason else row for row, reason in zip(rows, failure_N, strict=True)]
 
 
 class HandleAttempt:
@@ -152,10 +165,15 @@ def parse_response(content: bytes) -> BatchScores | None:
 
     try:
         body = json.loads(content)
-        scores = [np.zeros(0, np.float32) if row is None else np.asarray(row, np.float32) for row in body["scores"]]
+        scores = _rows(body["scores"])
         failures = [str(reason) for reason in body["failures"]]
-    except (ValueError, TypeError, KeyError):
+        variances = None if body.get("variances") is None else _rows(body["variances"])
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    if any(row.ndim != 1 for row in scores):
+    if any(row.ndim != 1 for row in scores + (variances or [])):
         return None
-    return BatchScores(scores=scores, failure_N=np.array(failures, dtype=np.str_))
+    return BatchScores(scores=scores, failure_N=np.array(failures, dtype=np.str_), variances=variances)
+
+
+def _rows(rows: Sequence[Sequence[float] | None]) -> list[FloatArray]:
+    return [np.zeros(0, np.float32) if row is None else np.asarray(row, np.float32) for row in rows]

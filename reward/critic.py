@@ -152,11 +152,25 @@ class CriticRanker:
 
     def score(self, histories: Sequence[IntArray], candidates: Sequence[IntArray]) -> list[FloatArray]:
         """See `reward.ranker.Ranker`."""
+        return self.score_with_variance(histories, candidates)[0]
+
+    def score_with_variance(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray]
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        """See `reward.ranker.UncertainRanker`.
+
+        Raises:
+            RequestError: a variance that is zero or not finite.
+        """
         counts = [len(row) for row in candidates]
         item_N = np.concatenate([np.zeros(0, np.int32), *candidates])
         row_N = np.repeat(np.arange(len(counts)), counts)
-        mean_N = self._predict(histories, row_N, item_N, torch.full((len(item_N),), self.need)).mean_N
-        return [row.astype(np.float32) for row in np.split(mean_N, np.cumsum(counts)[:-1])][: len(counts)]
+        found = self._predict(histories, row_N, item_N, torch.full((len(item_N),), self.need))
+
+        def rows(values: Floats) -> list[FloatArray]:
+            return [row.astype(np.float32) for row in np.split(values, np.cumsum(counts)[:-1])][: len(counts)]
+
+        return rows(found.mean_N), rows(found.variance_N)
 
     def score_catalogue(self, histories: Sequence[IntArray]) -> FloatArray:
         """See `reward.ranker.CatalogueRanker`."""

@@ -1,6 +1,6 @@
 """The HTTP face of the reward service, as an ASGI application around a scoring function.
 
-`POST /score {histories, candidates} → {scores, failures}`, `GET /healthz`, `/metrics` (Prometheus text),
+`POST /score {histories, candidates} → {scores, failures, variances}`, `GET /healthz`, `/metrics` (Prometheus text),
 `/openapi.json`. With a token every path but `/healthz` wants `Authorization: Bearer TOKEN`. A body beyond the limit is
 refused with 413 before it is read whole.
 """
@@ -17,6 +17,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.records import FloatArray
 from reward.batch_scoring import BatchScores
 from reward.wire import ScoreCall
 
@@ -51,6 +52,8 @@ class ScoreResponse(BaseModel):
     """Scores in the order of the candidates; null where the sample failed."""
     failures: list[str]
     """Why a sample has no scores (timeout, unavailable, non_finite, bad_request, error); empty when it has."""
+    variances: list[list[float] | None] | None = None
+    """Variances of the scores, null where the sample failed; absent from a ranker that has none."""
 
 
 def build_app(
@@ -67,7 +70,7 @@ def build_app(
     """
     app = FastAPI(title="windlass reward service", version="1", docs_url=None, redoc_url=None)
 
-    @app.post("/score")
+    @app.post("/score", response_model_exclude_none=True)
     async def _score(request: ScoreRequest) -> ScoreResponse:
         call = ScoreCall.pack(
             [np.asarray(row, np.int32) for row in request.histories],
@@ -75,8 +78,12 @@ def build_app(
         )
         result = await score(call)
         failures = [str(reason) for reason in result.failure_N]
-        scores = [None if bad else row.tolist() for row, bad in zip(result.scores, failures, strict=True)]
-        return ScoreResponse(scores=scores, failures=failures)
+
+        def rows(values: list[FloatArray]) -> list[list[float] | None]:
+            return [None if bad else row.tolist() for row, bad in zip(values, failures, strict=True)]
+
+        variances = None if result.variances is None else rows(result.variances)
+        return ScoreResponse(scores=rows(result.scores), failures=failures, variances=variances)
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def _healthz() -> str:

@@ -38,6 +38,17 @@ class CatalogueRanker(Ranker, Protocol):
         ...
 
 
+@runtime_checkable
+class UncertainRanker(Ranker, Protocol):
+    """A ranker that knows how sure it is of its scores."""
+
+    def score_with_variance(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray]
+    ) -> tuple[Sequence[FloatArray], Sequence[FloatArray]]:
+        """What `score` returns, and the variance of each score: finite and above 0."""
+        ...
+
+
 def load_ranker(source: Path | str, options: Mapping[str, Option] | None = None) -> Ranker:
     """Load a ranker by its name.
 

@@ -57,22 +57,29 @@ class ScoreReply:
     score_values: np.ndarray
     score_offsets: LongArray
     failure_N: np.ndarray
+    variance_values: np.ndarray | None = None
+    """At the same offsets; None where the ranker has none."""
 
     @staticmethod
     def pack(result: BatchScores) -> ScoreReply:
         """Flatten a result."""
         lengths = [len(row) for row in result.scores]
+        empty = np.zeros(0, np.float32)
         return ScoreReply(
-            score_values=np.concatenate([np.zeros(0, np.float32), *result.scores]),
+            score_values=np.concatenate([empty, *result.scores]),
             score_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             failure_N=result.failure_N,
+            variance_values=None if result.variances is None else np.concatenate([empty, *result.variances]),
         )
 
     def unpack(self) -> BatchScores:
         """The result again."""
         count = len(self.score_offsets) - 1
-        scores = np.split(self.score_values, self.score_offsets[1:-1])[:count]
-        return BatchScores(scores=scores, failure_N=self.failure_N)
+        cuts = self.score_offsets[1:-1]
+        values = self.variance_values
+        variances = None if values is None else np.split(values, cuts)[:count]
+        scores = np.split(self.score_values, cuts)[:count]
+        return BatchScores(scores=scores, failure_N=self.failure_N, variances=variances)
 
 
 def _flatten(rows: Sequence[IntArray]) -> tuple[IntArray, LongArray]:

@@ -7,19 +7,22 @@ training (tests/trainer/test_critic_training.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from torch.nn import functional
 
 from data.errors import RequestError
-from data.records import RewardFailure
+from data.records import FloatArray, IntArray, RewardFailure
 from reward.artefact import RankerArtefact
 from reward.batch_scoring import score_batch
 from reward.critic import Critic, CriticRanker, CriticShape, critic_loss, padded_histories
 from reward.ranker import CatalogueRanker, load_ranker
+from reward.replica import ReplicaOptions, RewardReplica
 
 SHAPE = CriticShape(n_items=9, needs=("interest", "trend"), width=4, hidden=8, networks=3, history=4)
 HISTORIES = [np.array([1, 2, 3, 4, 5, 6], np.int32), np.zeros(0, np.int32), np.array([8], np.int32)]
@@ -87,6 +90,53 @@ def test_saved_and_loaded_it_is_a_ranker_for_each_of_its_needs(ranker: CriticRan
             np.testing.assert_allclose(scored.scores[row], exact, rtol=1e-5)
         np.testing.assert_allclose(loaded.score_catalogue(HISTORIES)[0], scored.scores[0], rtol=1e-5)
     assert load_ranker(tmp_path).score([], []) == []
+
+
+def test_the_service_gives_its_variances_beside_the_means(ranker: CriticRanker) -> None:
+    app = RewardReplica(ReplicaOptions(ranker="given", chunk=2), ranker).__serve_build_asgi_app__()
+    candidates = [[0, 4], [], [8], [99]]
+    histories = [row.tolist() for row in HISTORIES] + [[1]]
+    answer = TestClient(app).post("/score", json={"histories": histories, "candidates": candidates}).json()
+    assert answer["failures"] == ["", "", "", RewardFailure.BAD_REQUEST.value]
+    assert (answer["scores"][3], answer["variances"][3]) == (None, None)
+    for row in (0, 2):
+        items = np.array(candidates[row], np.int32)
+        exact = ranker.predict([HISTORIES[row]] * len(items), items, "interest")
+        np.testing.assert_allclose(answer["scores"][row], exact.mean_N, rtol=1e-5)
+        np.testing.assert_allclose(answer["variances"][row], exact.variance_N, rtol=1e-5)
+    assert (answer["scores"][1], answer["variances"][1]) == ([], [])
+
+
+class Boastful:
+    """Sure beyond measure of some scores, or silent about them."""
+
+    def __init__(self, variances: list[list[float]]) -> None:
+        self.variances = variances
+
+    def score(self, histories: Sequence[IntArray], candidates: Sequence[IntArray]) -> list[FloatArray]:
+        return [np.zeros(len(row), np.float32) for row in candidates]
+
+    def score_with_variance(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray]
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        return self.score(histories, candidates), [np.array(row, np.float32) for row in self.variances]
+
+
+@pytest.mark.parametrize(
+    ("variances", "failures"),
+    [
+        ([[1.0], [0.0]], ["", "non_finite"]),
+        ([[float("inf")], [2.0]], ["non_finite", ""]),
+        ([[-1.0], [float("nan")]], ["non_finite", "non_finite"]),
+        ([[1.0], [1.0, 1.0]], ["error", "error"]),
+        ([[1.0]], ["error", "error"]),
+    ],
+)
+def test_variances_that_cannot_be_fail_their_sample(variances: list[list[float]], failures: list[str]) -> None:
+    found = score_batch(Boastful(variances), [ITEMS, ITEMS], [ITEMS[:1], ITEMS[:1]], chunk=2)
+    assert found.failure_N.tolist() == failures
+    assert found.variances is not None
+    assert [len(row) for row in found.variances] == [int(reason == "") for reason in failures]
 
 
 def test_what_it_does_not_know_is_refused(ranker: CriticRanker, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from data.records import RewardFailure
 from reward.client import HttpAttempt, RewardClient, checked, parse_response
 from reward.replica import ReplicaOptions, RewardReplica
 from reward.settings import RewardSettings
-from reward.wire import ScoreCall
+from reward.wire import ScoreCall, ScoreReply
 from tests.reward.rankers import FaultyRanker
 
 
@@ -51,7 +51,11 @@ def test_health_metrics_and_openapi() -> None:
         assert 'windlass_reward_samples_total{outcome="non_finite"} 1.0' in text
         schema = client.get("/openapi.json").json()
         assert set(schema["paths"]) == {"/score", "/healthz", "/metrics"}
-        assert set(schema["components"]["schemas"]["ScoreResponse"]["properties"]) == {"scores", "failures"}
+        assert set(schema["components"]["schemas"]["ScoreResponse"]["properties"]) == {
+            "scores",
+            "failures",
+            "variances",
+        }
 
 
 @pytest.mark.parametrize(
@@ -181,6 +185,24 @@ def test_client_recovers_when_a_later_attempt_succeeds() -> None:
     assert client.requests == 3
 
 
+def with_variances(variances: Any) -> httpx.Response:
+    body = {"scores": [[1.0, 2.0], [1.0]], "failures": ["", ""], "variances": variances}
+    return httpx.Response(200, json=body)
+
+
+def test_variances_come_beside_the_scores() -> None:
+    client, _ = caller(lambda request: with_variances([[0.1, 3], [4]]), retries=0)
+    result = client.score(HISTORIES, CANDIDATES)
+    assert result.failure_N.tolist() == ["", ""]
+    assert result.variances is not None
+    assert result.variances[0].tobytes() == np.array([0.1, 3], np.float32).tobytes()
+    for again in (ScoreReply.pack(result).unpack(), checked(result, ScoreCall.pack(HISTORIES, CANDIDATES))):
+        assert again.variances is not None
+        assert [row.tolist() for row in again.variances] == [row.tolist() for row in result.variances]
+    plain, _ = caller(answer_with)
+    assert plain.score(HISTORIES, CANDIDATES).variances is None
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -195,6 +217,13 @@ def test_client_recovers_when_a_later_attempt_succeeds() -> None:
         (httpx.Response(200, content=b'{"scores": [[NaN, 1], [Infinity]], "failures": ["", ""]}'), "non_finite"),
         (httpx.Response(200, json={"scores": [[[1]], [1.0]], "failures": ["", ""]}), "error"),
         (httpx.Response(200, json={"scores": [["x"], [1.0]], "failures": ["", ""]}), "error"),
+        (with_variances([[1, 0], [0]]), "non_finite"),
+        (with_variances([[1, -1], [-1]]), "non_finite"),
+        (with_variances([[1], [1, 2]]), "error"),
+        (with_variances([[1, 2]]), "error"),
+        (with_variances([None, None]), "error"),
+        (with_variances([[[1]], [1]]), "error"),
+        (with_variances(3), "error"),
     ],
 )
 def test_every_wrong_reply_has_a_reason(reply: httpx.Response, reason: str) -> None:

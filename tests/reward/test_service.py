@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from data.errors import RequestError
+from reward.critic import Critic, CriticRanker, CriticShape
 from reward.sasrec import SASRec, SASRecRanker, SASRecShape
 from reward.service import RewardService
 from reward.settings import RewardSettings, Transport
@@ -97,6 +98,28 @@ def test_scores_reasons_and_equal_results_beside_other_callers(ray_cluster: None
         assert web.get("/healthz").text == "ok"
         assert "windlass_reward_calls_total" in web.get("/metrics").text
         assert "/score" in web.get("/openapi.json").json()["paths"]
+    finally:
+        service.close()
+
+
+def test_a_critic_answers_with_variances_over_both_transports(ray_cluster: None, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    critic = CriticRanker(Critic(CriticShape(n_items=9, needs=("interest", "trend"), width=4, hidden=8)), "trend")
+    critic.save(tmp_path / "critic")
+    asked = settings(ranker=str(tmp_path / "critic"), ranker_options={"need": "trend"})
+    service = RewardService.start(asked)
+    try:
+        histories, candidates = arrays([[1, 2], [], [3]]), arrays([[4, 5], [6], []])
+        own = critic.score_with_variance(histories, candidates)[1]
+        http = RewardService(
+            asked.model_copy(update={"transport": Transport.HTTP}), address=service.address, handle=None, app_name=None
+        )
+        for client in (service.client(), http.client()):
+            result = client.score(histories, candidates)
+            assert result.failure_N.tolist() == ["", "", ""]
+            assert result.variances is not None
+            for expected, got in zip(own, result.variances, strict=True):
+                np.testing.assert_allclose(got, expected, rtol=1e-5)
     finally:
         service.close()
 
