@@ -27,6 +27,7 @@ from data.needs import GainRows, ItemFacts, NeedSettings, instruction_words, loa
 from data.ranking_prompts import ListDataSettings, RankingCount, RankingPromptBuilder
 from data.records import NO_ITEM, IntArray
 from data.sources import TimeUnit
+from data.split import Given
 from data.tabular import ColumnNames, table
 from data.vocabulary import list_words
 
@@ -110,6 +111,19 @@ def test_blocks_ask_for_every_event_of_a_split_once(dataset: Dataset, block: int
     assert len(set(asked)) == len(asked)
     with pytest.raises(RequestError, match="split: dev"):
         list_samples(dataset, "dev", block)
+
+
+def test_rows_without_next_events_are_refused(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "split", Given())
+    with pytest.raises(RequestError, match="a given split; legal: interactions of users"):
+        list_samples(dataset, "train", BLOCK)
+
+
+def test_gains_below_zero_are_refused(dataset: Dataset) -> None:
+    samples = list_samples(dataset, "train", BLOCK)
+    negative = dataclasses.replace(samples, rating_E=-np.abs(np.nan_to_num(samples.rating_E, nan=1.0)) - 1)
+    with pytest.raises(RequestError, match=r"need interest: gain -\d of user \d+, item \d+"):
+        builder_of(dataset).build(negative)
 
 
 def expected_positives(
