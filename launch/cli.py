@@ -4,7 +4,7 @@ A command is a function named in `COMMANDS` and imported when it is called, so t
 torch nor Ray. tyro turns a function's signature into its arguments; `train` reads its own, because its keys depend on
 the recipe. Errors that a user can mend come out as one line on standard error.
 
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 3 the guard rejected an update.
 """
 
 from __future__ import annotations
@@ -68,6 +68,30 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": Command(
         target="launch.eval_command:eval_command", summary="evaluate a checkpoint on a split", answers=True
+    ),
+    "continual": Command(
+        target="launch.continual.command:continual_command",
+        summary="keep the served model up to date from a feedback log, guarded",
+        own_arguments=True,
+    ),
+    "registry list": Command(
+        target="launch.continual.registry_command:list_command", summary="the versions of a registry", answers=True
+    ),
+    "registry show": Command(
+        target="launch.continual.registry_command:show_command",
+        summary="a version: where it comes from, and why it was promoted or rejected",
+        answers=True,
+    ),
+    "registry promote": Command(
+        target="launch.continual.registry_command:promote_command", summary="serve a version", answers=True
+    ),
+    "registry rollback": Command(
+        target="launch.continual.registry_command:rollback_command",
+        summary="serve again what was served before",
+        answers=True,
+    ),
+    "registry prune": Command(
+        target="launch.continual.registry_command:prune_command", summary="remove old versions", answers=True
     ),
     "bench rollout": Command(
         target="launch.bench.rollout:rollout_command",

@@ -340,8 +340,11 @@ def to_yaml(settings: Settings) -> str:
 def default_words(key: Key) -> str:
     """The default of a key as one would write it."""
     value = key.default
-    plain = [v.value if isinstance(v, Enum) else v for v in value] if isinstance(value, tuple | list) else value
-    plain = plain.value if isinstance(plain, Enum) else plain
-    if isinstance(plain, BaseModel):
-        plain = plain.model_dump(mode="json")
+    plain = [_plain(member) for member in value] if isinstance(value, tuple | list) else _plain(value)
     return json.dumps(plain, default=str) if not isinstance(plain, str) else plain or '""'
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.value if isinstance(value, Enum) else value

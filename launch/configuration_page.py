@@ -20,6 +20,8 @@ from pydantic import BaseModel
 from data.errors import RequestError
 from launch.bandit_command import BanditCommand
 from launch.config import default_words
+from launch.continual.command import Section
+from launch.continual.registry_command import PromoteCommand, PruneCommand, RollbackCommand, VersionCommand
 from launch.data_commands import ImportCommand, InspectCommand
 from launch.eval_command import EvalCommand
 from launch.id_commands import IdsCommand
@@ -40,6 +42,11 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "data bandit": BanditCommand,
     "eval": EvalCommand,
     "strata": StrataCommand,
+    "continual": Section,
+    "registry show": VersionCommand,
+    "registry promote": PromoteCommand,
+    "registry rollback": RollbackCommand,
+    "registry prune": PruneCommand,
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
 SHARED_SECTIONS = ("rollout", "cluster")
@@ -70,7 +77,7 @@ ENVIRONMENT = """## Environment variables
 | `WINDLASS_REWARD_TOKEN` | bearer token of the reward service; another name by `reward.token_env` |
 | `WINDLASS_FAULT` | `POINT:N` kills a process at a named point; see [fault points](training.md#fault-points) |
 | `WINDLASS_PACKAGE_DIGEST` | `unchecked` switches off the check that workers import the driver's packages |
-| `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,trl,shared-data`) whose absence fails a test instead of skipping it |
+| `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,trl,obp,shared-data`) whose absence fails tests, not skips them |
 | `RAY_AUTH_MODE` | Ray's own; its default works without any preparation |
 | `PYTHON` | the interpreter `make` creates `.venv` with, when it is not `python3.11` or `python3` |
 """

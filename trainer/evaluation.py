@@ -112,6 +112,7 @@ class Evaluator:
         unconstrained_rows: int = 0,
         scores: ScoreSettings | None = None,
         exposures: Exposures | None = None,
+        samples: Samples | None = None,
     ) -> None:
         """
         Args:
@@ -119,10 +120,11 @@ class Evaluator:
             batch: prompts per request.
             scores: what is scored; by default nothing.
             exposures: the log that exposure bias is measured against.
+            samples: what is evaluated; by default the split of the dataset.
         """
         self._catalogue = catalogue
         self._builder = builder
-        self._samples: Samples = dataset.samples(split)
+        self._samples: Samples = dataset.samples(split) if samples is None else samples
         self._rows = sample_rows(len(self._samples), rows, seed)
         self._ks = tuple(ks)
         self._batch = batch

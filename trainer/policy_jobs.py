@@ -165,20 +165,25 @@ def logged_rows(job: RlJob, data: PolicyData) -> LoggedRows:
         RequestError: a log that cannot be read or used, or exposures without propensities where those are asked for.
     """
     assert job.feedback is not None
-    anchor, catalogue = job.objective.anchor, data.catalogue
-    # Retiring items changes the digest; the log is most often older than the last retirement.
-    whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
-    checks = FeedbackChecks(
-        n_items=catalogue.n_items,
-        active_I=catalogue.active,
-        catalogues=frozenset({catalogue.digest, whole.digest, *job.feedback_catalogues}),
-        propensities=anchor.is_member and anchor.snips is not Snips.NONE,
-    )
+    checks = feedback_checks(job, data.catalogue)
     log = read_feedback(job.feedback, checks)
     samples, anchors = log.samples(), log.anchors()
     target_N = np.where(anchors.response_N > 0, samples.target_N, NO_ITEM).astype(np.int32)
     left_out = {reason: count for reason, count in log.counts.items() if count}
     return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out)
+
+
+def feedback_checks(job: RlJob, catalogue: Catalogue) -> FeedbackChecks:
+    """What the rows of a log must be for a job that trains a model of this catalogue."""
+    anchor = job.objective.anchor
+    # Retiring items changes the digest; the log is most often older than the last retirement.
+    whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
+    return FeedbackChecks(
+        n_items=catalogue.n_items,
+        active_I=catalogue.active,
+        catalogues=frozenset({catalogue.digest, whole.digest, *job.feedback_catalogues}),
+        propensities=anchor.is_member and anchor.snips is not Snips.NONE,
+    )
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def _check(condition: Condition, found: Evidence | None) -> Checked:
         return Checked(condition=condition, outcome=Outcome.NOT_FINITE, evidence=found)
     base = condition.limit or 0.0
     gains = (measured.low - base, measured.high - base)
-    losses = sorted(-gain if condition.direction is Direction.HIGHER else gain for gain in gains)
+    losses = sorted(0.0 - gain if condition.direction is Direction.HIGHER else gain for gain in gains)
     decisive = losses[0] if condition.prove is Proof.HARM else losses[1]
     return Checked(
         condition=condition,

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -45,6 +46,8 @@ REPORT: Final = "ROWS.json"
 QUARANTINE: Final = "quarantine.parquet"
 MARKED: Final = SCHEMA.with_metadata({METADATA: json.dumps({"format": FORMAT})})
 FEW_WORDS: Final = ["need", "propensity_kind", "policy_version", "decode", "catalogue_digest"]
+
+Opener = Callable[[], pq.ParquetFile]
 
 
 class RowSettings(Settings):
@@ -116,8 +119,8 @@ def read_rows(
     Raises:
         UnusableFile: a file that cannot be read or has another schema.
     """
-    files = [log.parquet(listing.day, name, promised=listing.promised.get(name)) for name in names]
-    rows = sum(file.metadata.num_rows for file in files)
+    files = [partial(log.parquet, listing.day, name, promised=listing.promised.get(name)) for name in names]
+    rows = sum(opened().metadata.num_rows for opened in files)
     first = day_start(listing.day)
     with RequestSorter(out, rows) as sorter:
         for batch in _batches(files, ["request_id"]):
@@ -171,7 +174,7 @@ def unusable(report: RowReport, settings: RowSettings) -> Told | None:
 
 
 def _split(
-    files: Sequence[pq.ParquetFile],
+    files: Sequence[Opener],
     out: Path,
     repeated: Repeated,
     checks: FeedbackChecks,
@@ -233,9 +236,10 @@ def _uniform_weight(table: pa.Table, n_items: int) -> float:
     return float((np.exp(-logp0_B.astype(np.float64)) / among.to_numpy(zero_copy_only=False)).sum())
 
 
-def _batches(files: Sequence[pq.ParquetFile], columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(files: Sequence[Opener], columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The batches of all files; the next one is read while the present one is worked on."""
-    source = (batch for file in files for batch in file.iter_batches(BATCH_ROWS, columns=columns))
+    # A file that was read keeps its decoders, so that each is opened for its turn only.
+    source = (batch for opened in files for batch in opened().iter_batches(BATCH_ROWS, columns=columns))
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(next, source, None)
         while True:

@@ -18,6 +18,7 @@ import pytest
 
 from launch import cli
 from launch.config import RECIPES
+from launch.continual.command import parser, read_continual
 from launch.provenance import ROOT
 from launch.train_arguments import resolve, split_arguments
 
@@ -69,6 +70,8 @@ def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.M
             continue
         if name == "train":
             check_train(rest, tmp_path)
+        elif name == "continual":
+            check_continual(rest)
         else:
             check_other(name, rest)
 
@@ -82,6 +85,12 @@ def check_train(arguments: list[str], folder: Path) -> None:
         assert run_dir is not None
         recipe = Path(run_dir).name
     resolve(recipe, run_dir, overrides)
+
+
+def check_continual(arguments: list[str]) -> None:
+    """The arguments of `continual` give a job and rules."""
+    known, overrides = parser().parse_known_args(arguments)
+    read_continual(known.recipe, overrides, log=known.log, registry=known.registry)
 
 
 def check_other(name: str, arguments: list[str]) -> None:
