@@ -17,6 +17,7 @@ from launch.continual.log_folder import CompletenessSettings
 from launch.continual.reasons import Decision, Reason
 from launch.continual.registry import Registry
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
+from launch.continual.updating import Interrupted, Update
 from tests.launch.continual import world
 from tests.launch.continual.world import NOW, SETTINGS, WEIGHTS, cycle, days, finish_day, rows, write_file, write_log
 
@@ -226,3 +227,51 @@ def test_a_switch_by_hand_is_followed(place: Place) -> None:
     assert result.version == 3
     assert Journal(place.root / "continual" / "journal", Files()).passes()[-1].parent == 1
     assert place.weights()[1] == ids(one, range(36, 40)) | ids(two, range(36))
+
+
+class Stopping(world.StubUpdater):
+    """Is asked to stop in the midst of its first update."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def update(self, task: Update) -> Path:
+        if not self.stopped:
+            self.stopped = True
+            raise Interrupted
+        return super().update(task)
+
+
+def test_an_interrupted_update_is_taken_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = days(2)
+    place.day(one)
+    place.day(two)
+    updater = Stopping()
+    monkeypatch.setattr(world, "StubUpdater", lambda: updater)
+    assert told(place.run()) == [("01", "waiting", ["interrupted"])]
+    assert (place.root / "current").readlink().name == "000001"
+    assert [one.decision for one in place.run()] == [Decision.PROMOTED, Decision.PROMOTED]
+
+
+def test_files_that_change_during_an_update_begin_it_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = days(1)
+    place.day(one)
+    updater = Stopping()
+    monkeypatch.setattr(world, "StubUpdater", lambda: updater)
+    place.run()
+    place.day(one, range(100, 140))
+    assert [one.decision for one in place.run()] == [Decision.PROMOTED]
+    assert place.weights()[1] == ids(one, range(100, 136))
+
+
+def test_a_switch_during_an_update_begins_it_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = days(2)
+    place.day(one)
+    place.run()
+    updater = Stopping()
+    monkeypatch.setattr(world, "StubUpdater", lambda: updater)
+    place.day(two)
+    place.run()
+    Registry(place.root).rollback(at=NOW, why="by hand")
+    assert [one.decision for one in place.run()] == [Decision.PROMOTED]
+    assert Registry(place.root).version(3).lineage["parent"] == 1
