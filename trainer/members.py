@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import NO_SEGMENT, Finish, Kind, ScoredGroups
+from data.records import NO_SEGMENT, BoolArray, Finish, Kind, LongArray, ScoredGroups
 from trainer.trees import Completions
 
 KIND_CODE = {
@@ -64,7 +64,7 @@ class Members:
 
 
 def batch_members(scored: ScoredGroups, completions: Completions, extra: Sequence[Kind] = ()) -> tuple[Members, Tensor]:
-    """Members of single-item groups, and their rewards `[P, G]`.
+    """Members of groups of single items or lists, and their rewards `[P, G]`.
 
     Args:
         completions: the groups' completions, with one further member each per entry of `extra`.
@@ -83,6 +83,16 @@ def batch_members(scored: ScoredGroups, completions: Completions, extra: Sequenc
     members = Members(
         valid_PG=torch.from_numpy(valid_PG),
         kind_PG=torch.from_numpy(kind_PG),
-        segment_PGT=torch.from_numpy(np.where(token_mask_PGT, 0, PADDING).astype(np.int64)),
+        segment_PGT=torch.from_numpy(np.where(token_mask_PGT, _item_ranks(scored, token_mask_PGT), PADDING)),
     )
     return members, reward_PG
+
+
+def _item_ranks(scored: ScoredGroups, token_mask_PGT: BoolArray) -> LongArray:
+    """Rank of the item of each token, 0 for single items."""
+    rank_PGT = np.zeros(token_mask_PGT.shape, dtype=np.int64)
+    segment_PGT = scored.groups.segment_PGT
+    if segment_PGT is not None:
+        _, members, tokens = segment_PGT.shape
+        rank_PGT[:, :members, :tokens] = segment_PGT
+    return rank_PGT
