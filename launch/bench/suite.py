@@ -55,7 +55,9 @@ SUITE: Final[Mapping[str, Part]] = {
         ratios=("fraction_of_limit",),
     ),
     "learner": Part(
-        arguments=("--repeats", "3"), on_card=("--model", "0.5b", "--repeats", "5"), ratios=("fraction_of_limit",)
+        arguments=("--prompts", "2", "--repeats", "3"),
+        on_card=("--model", "0.5b", "--repeats", "5"),
+        ratios=("fraction_of_limit",),
     ),
     "sync": Part(
         arguments=("--repeats", "15", "--movers", "shared_memory"),
