@@ -139,7 +139,6 @@ def serve(job: RlJob, settings: ContinualSettings, known: Namespace, first_day: 
         return results
     with writing(root):
         registry = Registry(root, files, create=True)
-        registry.recover()
         if registry.current() is None:
             begin_registry(registry, first_model(job), at=time.time())
         while True:

@@ -6,19 +6,21 @@ With the real journal, registry, guard and row reading, and an updater that writ
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from launch.continual.cycle import Result
 from launch.continual.files import Files
-from launch.continual.journal import Journal
+from launch.continual.journal import Journal, PassState
 from launch.continual.log_folder import CompletenessSettings
 from launch.continual.reasons import Decision, Reason
 from launch.continual.registry import Registry
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
 from launch.continual.updating import Interrupted, Update
 from tests.launch.continual import world
+from tests.launch.continual.dying_files import Killed
 from tests.launch.continual.world import NOW, SETTINGS, WEIGHTS, cycle, days, finish_day, rows, write_file, write_log
 
 
@@ -275,3 +277,31 @@ def test_a_switch_during_an_update_begins_it_anew(place: Place, monkeypatch: pyt
     Registry(place.root).rollback(at=NOW, why="by hand")
     assert [one.decision for one in place.run()] == [Decision.PROMOTED]
     assert Registry(place.root).version(3).lineage["parent"] == 1
+
+
+class DiesBeforeVersions(Files):
+    """Dies when a version is to appear."""
+
+    def before(self, call: str, path: Path) -> None:
+        if call == "rename" and path.parent.name == "versions" and path.name != "000001":
+            raise Killed
+
+
+@pytest.mark.parametrize("what", ["switch", "lost model", "nothing"])
+def test_a_decision_is_followed_only_while_it_holds(place: Place, what: str) -> None:
+    one, two = days(2)
+    place.day(one)
+    place.run()
+    place.day(two)
+    with pytest.raises(Killed):
+        cycle(place.log, place.root, place.model, files=DiesBeforeVersions()).run()
+    journal = Journal(place.root / "continual" / "journal", Files())
+    assert journal.passes()[-1].state is PassState.DECIDED
+    if what == "switch":
+        Registry(place.root).rollback(at=NOW, why="by hand")
+    if what == "lost model":
+        shutil.rmtree(place.root / "continual" / "work")
+    assert [one.decision for one in place.run()] == [Decision.PROMOTED]
+    version = Registry(place.root).version(3)
+    assert version.lineage["parent"] == (1 if what == "switch" else 2)
+    assert len(place.weights()) == (2 if what == "switch" else 3)

@@ -2,12 +2,14 @@
 nothing disturbed, and `current` points at a whole model at every instant.
 
 It dies at every change of the disk that registry, journal and cycle make (with and without a torn file), once and twice
-in a row, and, as a process of its own, by SIGKILL at random times. The updater writes a file; journal, registry, guard,
-row reading and lock are the real ones. A seeded sample runs by default, all of it is long. Not checked: the real fleet.
+in a row, at a disk that is full for a while, and, as a process of its own, by SIGKILL at random times. The updater
+writes a file; journal, registry, guard, row reading and lock are the real ones. A seeded sample runs by default, all of
+it is long. Not checked: the real fleet.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from data.errors import RunError
 from launch.continual.files import Files
 from launch.continual.registry import Registry
 from launch.provenance import ROOT
@@ -93,6 +96,28 @@ def test_dying_at_every_change(place: Place, torn: bool) -> None:
     drawn = random.Random(7)
     for at in range(place.calls):
         die_and_go_on(place, f"every-{torn}-{at}", at, torn=torn, again=drawn.randrange(60) if at % 2 else None)
+
+
+class FullDisk(Files):
+    """Refuses one change, as a full disk would; later ones go through."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def before(self, call: str, path: Path) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_disk_that_is_full_for_a_while(place: Place) -> None:
+    for at in random.Random(9).sample(range(place.calls), SAMPLE // 2):
+        name = f"full-{at}"
+        with pytest.raises((OSError, RunError), match="No space left"):
+            place.run(name, FullDisk(at))
+        place.served_is_whole(name)
+        place.run(name, Files())
+        assert place.left(name) == place.expected
 
 
 CHILD = """

@@ -162,7 +162,6 @@ def cycle(
     """A cycle over a log with a registry that serves the first model, as a new process would make it."""
     files = files or Files()
     registry = Registry(root, files, create=True)
-    registry.recover()
     begin_registry(registry, model, at=0.0)
     return Cycle(LogFolder(str(log)), registry, StubUpdater(), settings, clock=lambda: now, files=files)
 
