@@ -17,13 +17,14 @@ from data.errors import RequestError
 from data.feedback import is_day
 from data.settings import Settings
 from launch.config import check_paths, job_from, merge, parse_overrides, read_recipe, recipe_path, validate
-from launch.continual.cycle import Cycle, Result, begin_registry
+from launch.continual.cycle import Cycle, begin_registry
 from launch.continual.files import Files
 from launch.continual.lock import writing
 from launch.continual.log_folder import LogFolder
 from launch.continual.reasons import Decision, Reason
 from launch.continual.recipe_updater import MeasureSettings, RecipeUpdater
 from launch.continual.registry import Registry
+from launch.continual.results import Result
 from launch.continual.settings import ServiceSettings
 from trainer.checkpoints import open_model
 from trainer.interruption import Interruption

@@ -13,7 +13,7 @@ of the pass alone. So a process that dies leaves a pass that the next one finish
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,47 +26,11 @@ from launch.continual.journal import FileFacts, Journal, Pass, PassState, change
 from launch.continual.log_folder import LogFolder, UnusableFile, missing_days, waits_for
 from launch.continual.reasons import Decision, Reason, Told
 from launch.continual.registry import Registry, digest_of, folder_digests
+from launch.continual.results import Result
 from launch.continual.row_folders import RowFolders
 from launch.continual.rows import HELD_OUT, REQUESTS, TRAIN, RowReport, read_rows, unusable
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
 from launch.continual.updating import Interrupted, Update, Updater
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a cycle says about a day."""
-
-    day: str
-    decision: Decision
-    reasons: tuple[Told, ...] = ()
-    metrics: dict[str, Any] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    version: int | None = None
-    """Of the updated model; none where there is none."""
-
-    @staticmethod
-    def of(done: Pass) -> Result:
-        """The result that the journal keeps."""
-        assert done.decision is not None
-        return Result(
-            day=done.day,
-            decision=done.decision,
-            reasons=done.reasons,
-            metrics=dict(done.metrics),
-            counts=dict(done.counts),
-            version=done.candidate if done.decision in (Decision.PROMOTED, Decision.REJECTED) else None,
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "day": self.day,
-            "decision": self.decision.value,
-            "reasons": [{"reason": told.reason.value, "found": told.found} for told in self.reasons],
-            "metrics": self.metrics,
-            "counts": self.counts,
-            "version": self.version,
-        }
 
 
 class Cycle:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.continual.cycle import Result
 from launch.continual.files import Files
 from launch.continual.journal import Journal, PassState
 from launch.continual.log_folder import CompletenessSettings
 from launch.continual.reasons import Decision, Reason
 from launch.continual.registry import Registry
+from launch.continual.results import Result
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
 from launch.continual.updating import Interrupted, Update
 from tests.launch.continual import world
