@@ -127,6 +127,27 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
     assert loop.state.anchor_log_mean is not None
 
 
+def test_a_beam_read_as_a_list_trains(world: World) -> None:
+    content = world.job.model_dump(mode="json") | {
+        "objective": {"credit": {"kind": "beam_as_list"}},
+        "reward": {"item_match": 0.0, "rank_penalty": 0.0},
+        "feedback": None,
+        "limits": {"max_steps": 1},
+    }
+    content["rollout"]["decode"] = "beam"
+    plain = dataclasses.replace(world, job=RlJob.model_validate(content | {"reward": {"rank_penalty": 0.0}}))
+    loop = plain.build("beam")
+    scored = {"ranker": "fake", "ranker_score": 1.0, "ranker_transform": "sigmoid"}
+    loop.job = RlJob.model_validate(content | {"reward": content["reward"] | scored})
+    loop.rewards = RewardScorer(loop.job.reward, RewardClient(FakeRanker(), loop.job.reward, sleep=lambda _: None))
+    loop.run()
+    metrics = host_of(loop).steps[1]
+    assert metrics["credit/no_signal_share"] == 0
+    assert metrics["groups/live_share"] == 1
+    assert metrics["advantage/abs_mean"] > 0.1
+    assert metrics["grad_norm"] > 0
+
+
 def test_the_stages_have_a_phase_of_their_own(world: World) -> None:
     loop = build(world, "phases", limits=world.job.limits.model_copy(update={"max_steps": 1}))
     told: dict[str, float] = {}
