@@ -37,7 +37,7 @@ class Agreement:
     @property
     def passed(self) -> bool:
         """Whether the beams count as equal."""
-        near = max(self.gap_max, self.cut_gap_max) <= self.tolerance
+        near = self.gap_max <= self.tolerance and self.cut_gap_max <= self.tolerance
         return self.same_numbers and near and self.shared >= self.least_shared
 
     def record(self) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def agreement(found: Beams, reference: Beams, dtype: EngineDtype) -> Agreement:
             cuts.append(abs(float(np.mean(list(mine.values())) - np.mean(list(score.values())))))
     return Agreement(
         shared=shared / max(total, 1),
-        gap_max=max(gaps),
+        gap_max=float(np.max(gaps)),
         gap_mean=float(np.mean(gaps)),
-        cut_gap_max=max(cuts),
+        cut_gap_max=float(np.max(cuts)),
         same_numbers=all(len(a) == len(b) for a, b in zip(found, reference, strict=True)),
         tolerance=SCORE_TOLERANCE[dtype],
         least_shared=LEAST_SHARED[dtype],

@@ -57,6 +57,23 @@ def test_gradients_are_compared(model: BenchModel, checkpointing: bool, monkeypa
     assert compare_gradients(settings, model, completions)["gradient_gap"] > learner.TOLERANCE
 
 
+def test_a_gradient_that_is_no_number_is_noticed(model: BenchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneBroken:
+        def __init__(self, name: str) -> None:
+            self.lm = torch.nn.ParameterDict({"first": torch.ones(2), "last": torch.ones(2)})
+            for parameter in self.lm.parameters():
+                parameter.grad = torch.ones(2)
+            if name == "ours":
+                self.lm["last"].grad.fill_(torch.nan)
+
+        def __call__(self) -> torch.Tensor:
+            return torch.zeros(1)
+
+    monkeypatch.setattr(learner, "build_way", lambda name, *others: OneBroken(name))
+    check = compare_gradients(SETTINGS, model, random_completions(SETTINGS, model))
+    assert not check["gradient_gap"] <= learner.TOLERANCE
+
+
 def test_the_limit_and_the_work_count_tokens(model: BenchModel) -> None:
     usual = LearnerBench(threads=1)
     assert (usual.prompt_len, usual.group, usual.levels) == (250, 16, 4)

@@ -65,6 +65,10 @@ def test_agreement_sees_other_paths_scores_and_numbers() -> None:
     assert agreement(ours, other, exact).shared == pytest.approx(2 / 3)
 
 
+def test_a_score_that_is_no_number_does_not_agree() -> None:
+    assert not agreement(beams(-1.0, float("nan"), -3.0), beams(-1.0, -2.0, -3.0), EngineDtype.BFLOAT16).passed
+
+
 def test_agreement_in_bfloat16_allows_neighbours_to_change_places() -> None:
     ours = [[([4, rank], -1.0 - rank / 100) for rank in range(16)]]
     theirs = [[*ours[0][:15], ([5, 1], -1.155)]]
