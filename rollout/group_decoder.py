@@ -191,6 +191,7 @@ class GroupDecoder:
         item_PM = torch.full((len(prompts), most), NO_ITEM)
         for row, prompt in enumerate(prompts):
             item_PM[row, : len(prompt.scored_items)] = torch.tensor(prompt.scored_items, dtype=torch.long)
+        item_PM = item_PM.to(trie.device)
         leaf_PM = torch.where(item_PM >= 0, trie.item_leaf_I[item_PM.clamp(min=0)], -1)
         # From the root down: the ancestors come from the leaf up, with -1 where there are none.
         node_XD = trie.ancestors(leaf_PM.flatten()).flip(1)

@@ -3,7 +3,7 @@
 The oracle is transformers in float64, unbatched, one prefix at a time, without a cache. Checked: beams, the exhaustive
 ranking, samples by chi-square, behaviour log-probabilities, exclusions, empty slots, unconstrained decoding, `score`,
 equal bits whatever the chunking, the limits of the cache, refused requests. Not here: the loop itself over odd
-catalogues (test_decoding.py), the fleet (test_fleet.py), pushes (test_weight_transfer.py).
+catalogues (test_decoding.py), the fleet (test_fleet.py), pushes (test_channel.py).
 """
 
 from __future__ import annotations
