@@ -13,12 +13,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from data.catalogue import Catalogue
 from data.errors import RunError
-from data.records import DecodeSpec, FloatArray, IntArray
+from data.records import Decode, DecodeSpec, FloatArray, IntArray
 from rollout.buckets import Unpacker
 from rollout.channel import ChannelSettings, PushError, PushFailure, WeightChannel
 from rollout.engine import Engine, build_engine
@@ -27,7 +28,7 @@ from rollout.peers import LocalPeer
 from rollout.probe import Gap, check_gap, gap_limit, item_probe, probe_gap
 from rollout.receiving import IN_TRANSIT, ModuleInbox, PushFault, PushMessage, Receipt, ReceivingEngine
 from rollout.sending import ModuleSource
-from rollout.settings import EngineKind, RolloutSettings
+from rollout.settings import EngineKind, HeadRows, RolloutSettings
 from tests.tiny_model import random_prompts, tiny_catalogue, write_tiny_model
 
 FLOAT32 = gap_limit("float32", None)
@@ -141,6 +142,31 @@ def test_every_mover_serves_two_engines(
         for engine in engines.values():
             assert engine.weight_version == version
             check_gap(one.gap(engine), FLOAT32, "after the push")
+
+
+def test_the_rows_of_a_level_follow_a_push(
+    vllm_engine: Any,
+    rig: Callable[..., Rig],
+    restored: Callable[[Engine], Engine],
+    catalogue: Catalogue,
+    hf_dir: Path,
+    vllm_settings: RolloutSettings,
+) -> None:
+    """`rollout.head: level` multiplies rows of the head's own weight, past vLLM's layer."""
+    one = rig({"engine": restored(vllm_engine)})
+    prompts, spec = random_prompts(catalogue, [9, 14], seed=3), DecodeSpec(decode=Decode.BEAM, width=4)
+    try:
+        vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings.model_copy(update={"head": HeadRows.LEVEL}))
+        before = vllm_engine.generate(prompts, spec)
+        disturb(one.model, 9)
+        one.channel.push(9)
+        after = vllm_engine.generate(prompts, spec)
+    finally:
+        vllm_engine._rpc("windlass_open", str(hf_dir), vllm_settings)
+    whole = vllm_engine.generate(prompts, spec)
+    assert np.array_equal(after.token_PGT, whole.token_PGT)
+    np.testing.assert_allclose(after.logp_PGT, whole.logp_PGT, atol=1e-5)
+    assert not np.allclose(after.logp_PGT, before.logp_PGT, atol=1e-2)
 
 
 def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:
