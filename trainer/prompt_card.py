@@ -13,6 +13,7 @@ from data.errors import RequestError
 from data.prompts import PromptBuilder
 from data.settings import Settings
 from data.settings_data import PromptSettings
+from trainer.list_settings import ListSettings
 
 FILE: Final = "prompt.json"
 FORMAT: Final = 1
@@ -29,14 +30,17 @@ class PromptCard(Settings):
     """Whether items of the whole history were excluded from recommendation."""
     max_prompt_tokens: int = Field(ge=2)
     """Longest prompt."""
+    lists: ListSettings = ListSettings()
+    """What lists are ranked for; no needs where the model recommends single items."""
 
     @classmethod
-    def of(cls, settings: PromptSettings) -> Self:
-        """The card of a job's `data` section."""
+    def of(cls, settings: PromptSettings, lists: ListSettings | None = None) -> Self:
+        """The card of a job's `data` and `lists` sections."""
         return cls(
             history=settings.history,
             exclude_seen=settings.exclude_seen,
             max_prompt_tokens=settings.max_prompt_tokens,
+            lists=lists or ListSettings(),
         )
 
     def write(self, hf_dir: Path) -> None:
