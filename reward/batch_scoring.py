@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.records import FloatArray, IntArray, RewardFailure
-from reward.ranker import CatalogueRanker, Ranker, UncertainRanker
+from reward.ranker import CatalogueRanker, NeedRanker, Ranker, UncertainRanker
 
 LOG = logging.getLogger(__name__)
 
@@ -39,11 +39,17 @@ class BatchScores:
 
 
 def score_batch(
-    ranker: Ranker, histories: Sequence[IntArray], candidates: Sequence[IntArray], *, chunk: int
+    ranker: Ranker,
+    histories: Sequence[IntArray],
+    candidates: Sequence[IntArray],
+    *,
+    chunk: int,
+    needs: Sequence[str] | None = None,
 ) -> BatchScores:
     """Score every sample that is sound; a bad sample fails alone, a raising ranker fails its chunk.
 
-    Item ids must be at least 0 and, where the ranker knows its catalogue, below its size (`bad_request`). Scores that
+    Item ids must be at least 0 and, where the ranker knows its catalogue, below its size, and a need must be one that
+    the ranker knows (`bad_request`); a ranker that knows no needs gives every need the same scores. Scores that
     are not finite, and variances that are not or are zero, fail their sample (`non_finite`); an exception or scores of
     a wrong length fail the chunk (`error`).
     """
@@ -53,12 +59,15 @@ def score_batch(
     if isinstance(ranker, UncertainRanker):
         result = dataclasses.replace(result, variances=[np.zeros(0, np.float32) for _ in range(count)])
     sound = [i for i in range(count) if _known(histories[i], limit) and _known(candidates[i], limit)]
+    if needs is not None and isinstance(ranker, NeedRanker):
+        sound = [i for i in sound if needs[i] in ranker.needs]
     for first in range(0, len(sound), chunk):
         rows = sound[first : first + chunk]
         padded = rows + [rows[-1]] * (chunk - len(rows))
         wanted = [candidates[i] for i in padded]
         try:
-            found, variances = _ask(ranker, [histories[i] for i in padded], wanted)
+            asked = None if needs is None else [needs[i] for i in padded]
+            found, variances = _ask(ranker, [histories[i] for i in padded], wanted, asked)
         except Exception:  # a ranker is foreign code: whatever it raises becomes the reason `error` of its samples
             LOG.exception("the ranker failed on %d samples", len(rows))
             found, variances = [], []
@@ -85,11 +94,14 @@ def usable_variances(variance: FloatArray) -> bool:
 
 
 def _ask(
-    ranker: Ranker, histories: list[IntArray], candidates: list[IntArray]
+    ranker: Ranker, histories: list[IntArray], candidates: list[IntArray], needs: list[str] | None
 ) -> tuple[list[FloatArray], list[FloatArray]]:
     """Scores and their variances, 1 each where the ranker has none."""
     if isinstance(ranker, UncertainRanker):
-        raw, spread = ranker.score_with_variance(histories, candidates)
+        if needs is not None and isinstance(ranker, NeedRanker):
+            raw, spread = ranker.score_for_needs(histories, candidates, needs)
+        else:
+            raw, spread = ranker.score_with_variance(histories, candidates)
         return [np.asarray(row, np.float32) for row in raw], [np.asarray(row, np.float32) for row in spread]
     found = [np.asarray(row, np.float32) for row in ranker.score(histories, candidates)]
     return found, [np.ones(row.shape, np.float32) for row in found]

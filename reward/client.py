@@ -42,13 +42,15 @@ class RewardClient:
         self._attempt = attempt
         self._sleep = sleep
 
-    def score(self, histories: Sequence[IntArray], candidates: Sequence[IntArray]) -> BatchScores:
-        """Scores of `candidates[i]` after `histories[i]`; the whole batch is one call.
+    def score(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str] | None = None
+    ) -> BatchScores:
+        """Scores of `candidates[i]` after `histories[i]` for `needs[i]`; the whole batch is one call.
 
         The call is repeated whole while any sample failed for a reason that may pass, at most `retries` times, and the
         last attempt counts: a sample's result never depends on which attempt scored its neighbours.
         """
-        call = ScoreCall.pack(histories, candidates)
+        call = ScoreCall.pack(histories, candidates, needs)
         for attempt in range(self.settings.retries + 1):
             if attempt:
                 self._sleep(self.settings.backoff_s * 2 ** (attempt - 1))
@@ -126,10 +128,12 @@ class HttpAttempt:
         """See `Attempt`."""
         import httpx
 
-        body = {
+        body: dict[str, Any] = {
             "histories": [row.tolist() for row in call.histories()],
             "candidates": [row.tolist() for row in call.candidates()],
         }
+        if call.needs is not None:
+            body["needs"] = list(call.needs)
         end = time.monotonic() + deadline_s
         content = bytearray()
         try:

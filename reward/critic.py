@@ -138,6 +138,7 @@ class CriticRanker:
         self.critic = critic.eval().requires_grad_(False)
         self.shape = critic.shape
         self.n_items = self.shape.n_items
+        self.needs = self.shape.needs
         self.need = self._need_code(need or self.shape.needs[0])
 
     def predict(self, histories: Sequence[IntArray], items: IntArray, need: str | Sequence[str]) -> Prediction:
@@ -162,10 +163,21 @@ class CriticRanker:
         Raises:
             RequestError: a variance that is zero or not finite.
         """
+        return self.score_for_needs(histories, candidates, [self.needs[self.need]] * len(candidates))
+
+    def score_for_needs(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str]
+    ) -> tuple[list[FloatArray], list[FloatArray]]:
+        """See `reward.ranker.NeedRanker`.
+
+        Raises:
+            RequestError: an unknown need, or a variance that is zero or not finite.
+        """
         counts = [len(row) for row in candidates]
         item_N = np.concatenate([np.zeros(0, np.int32), *candidates])
         row_N = np.repeat(np.arange(len(counts)), counts)
-        found = self._predict(histories, row_N, item_N, torch.full((len(item_N),), self.need))
+        need_B = torch.tensor([self._need_code(need) for need in needs], dtype=torch.int64)
+        found = self._predict(histories, row_N, item_N, need_B[torch.from_numpy(row_N)])
 
         def rows(values: Floats) -> list[FloatArray]:
             return [row.astype(np.float32) for row in np.split(values, np.cumsum(counts)[:-1])][: len(counts)]

@@ -1,8 +1,8 @@
 """The HTTP face of the reward service, as an ASGI application around a scoring function.
 
-`POST /score {histories, candidates} → {scores, failures, variances}`, `GET /healthz`, `/metrics` (Prometheus text),
-`/openapi.json`. With a token every path but `/healthz` wants `Authorization: Bearer TOKEN`. A body beyond the limit is
-refused with 413 before it is read whole.
+`POST /score {histories, candidates, needs} → {scores, failures, variances}`, `GET /healthz`, `/metrics` (Prometheus
+text), `/openapi.json`. With a token every path but `/healthz` wants `Authorization: Bearer TOKEN`. A body beyond the
+limit is refused with 413 before it is read whole.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class ScoreRequest(BaseModel):
     """Item ids per sample, oldest first; may be empty."""
     candidates: list[list[ItemId]]
     """Items to score per sample, as many lists as histories."""
+    needs: list[str] | None = None
+    """Need per sample, as many as histories; a ranker that knows no needs ignores them. None: the ranker's own."""
 
     @model_validator(mode="after")
     def _as_many(self) -> ScoreRequest:
         if len(self.histories) != len(self.candidates):
             raise ValueError(f"{len(self.histories)} histories but {len(self.candidates)} candidate lists")
+        if self.needs is not None and len(self.needs) != len(self.histories):
+            raise ValueError(f"{len(self.histories)} histories but {len(self.needs)} needs")
         return self
 
 
@@ -75,6 +79,7 @@ def build_app(
         call = ScoreCall.pack(
             [np.asarray(row, np.int32) for row in request.histories],
             [np.asarray(row, np.int32) for row in request.candidates],
+            request.needs,
         )
         result = await score(call)
         failures = [str(reason) for reason in result.failure_N]

@@ -49,6 +49,20 @@ class UncertainRanker(Ranker, Protocol):
         ...
 
 
+@runtime_checkable
+class NeedRanker(UncertainRanker, Protocol):
+    """An uncertain ranker whose scores depend on what the list is for."""
+
+    needs: tuple[str, ...]
+    """Names of the needs that it knows."""
+
+    def score_for_needs(
+        self, histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str]
+    ) -> tuple[Sequence[FloatArray], Sequence[FloatArray]]:
+        """`score_with_variance`, each sample for a need of its own."""
+        ...
+
+
 def load_ranker(source: Path | str, options: Mapping[str, Option] | None = None) -> Ranker:
     """Load a ranker by its name.
 

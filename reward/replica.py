@@ -103,6 +103,8 @@ class RewardReplica:
     def _run(self, call: ScoreCall) -> BatchScores:
         self._busy_since = time.monotonic()
         try:
-            return score_batch(self.ranker, call.histories(), call.candidates(), chunk=self.options.chunk)
+            return score_batch(
+                self.ranker, call.histories(), call.candidates(), chunk=self.options.chunk, needs=call.needs
+            )
         finally:
             self._busy_since = None

@@ -75,12 +75,15 @@ class RewardScorer:
     def raw_scores(self, prompts: Sequence[Prompt], wanted: Sequence[IntArray]) -> BatchScores:
         """The ranker's own scores of the wanted items after each prompt's history, for stages that compare them.
 
+        Where prompts have needs, a ranker that knows needs answers each prompt for its own.
+
         Raises:
             ValueError: there is no ranker.
         """
         if self.client is None:
             raise ValueError("raw scores were asked for, but no ranker is configured")
-        return self.client.score([prompt.history for prompt in prompts], wanted)
+        needs = [prompt.need for prompt in prompts]
+        return self.client.score([prompt.history for prompt in prompts], wanted, needs if any(needs) else None)
 
     def paths(self, item: IntArray) -> IntArray:
         """What tells answers apart: the items, or the numbers of their paths; `NO_ITEM` for what is no active item."""

@@ -19,16 +19,21 @@ class ScoreCall:
     history_offsets: LongArray
     candidate_values: IntArray
     candidate_offsets: LongArray
+    needs: tuple[str, ...] | None = None
+    """Name of the need of each sample, for rankers that know needs; None where none was asked for."""
 
     @staticmethod
-    def pack(histories: Sequence[IntArray], candidates: Sequence[IntArray]) -> ScoreCall:
+    def pack(
+        histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str] | None = None
+    ) -> ScoreCall:
         """Flatten the lists of a call.
 
         Raises:
-            ValueError: different numbers of histories and candidate lists.
+            ValueError: different numbers of histories, candidate lists and needs.
         """
-        if len(histories) != len(candidates):
-            raise ValueError(f"{len(histories)} histories, {len(candidates)} candidate lists")
+        if len(histories) != len(candidates) or (needs is not None and len(needs) != len(histories)):
+            told = "" if needs is None else f", {len(needs)} needs"
+            raise ValueError(f"{len(histories)} histories, {len(candidates)} candidate lists{told}")
         history_values, history_offsets = _flatten(histories)
         candidate_values, candidate_offsets = _flatten(candidates)
         return ScoreCall(
@@ -36,6 +41,7 @@ class ScoreCall:
             history_offsets=history_offsets,
             candidate_values=candidate_values,
             candidate_offsets=candidate_offsets,
+            needs=None if needs is None else tuple(needs),
         )
 
     def __len__(self) -> int:

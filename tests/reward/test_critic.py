@@ -20,9 +20,12 @@ from data.errors import RequestError
 from data.records import FloatArray, IntArray, RewardFailure
 from reward.artefact import RankerArtefact
 from reward.batch_scoring import score_batch
+from reward.client import HttpAttempt, RewardClient
 from reward.critic import Critic, CriticRanker, CriticShape, critic_loss, padded_histories
 from reward.ranker import CatalogueRanker, load_ranker
 from reward.replica import ReplicaOptions, RewardReplica
+from reward.settings import RewardSettings
+from reward.wire import ScoreCall
 
 SHAPE = CriticShape(n_items=9, needs=("interest", "trend"), width=4, hidden=8, networks=3, history=4)
 HISTORIES = [np.array([1, 2, 3, 4, 5, 6], np.int32), np.zeros(0, np.int32), np.array([8], np.int32)]
@@ -105,6 +108,36 @@ def test_the_service_gives_its_variances_beside_the_means(ranker: CriticRanker) 
         np.testing.assert_allclose(answer["scores"][row], exact.mean_N, rtol=1e-5)
         np.testing.assert_allclose(answer["variances"][row], exact.variance_N, rtol=1e-5)
     assert (answer["scores"][1], answer["variances"][1]) == ([], [])
+
+
+def test_one_call_asks_for_several_needs(ranker: CriticRanker) -> None:
+    needs, candidates = ["trend", "interest", "trend", "niche"], [ITEMS] * 4
+    histories = [*HISTORIES, HISTORIES[0]]
+    exact = [ranker.predict([histories[row]] * 3, ITEMS, needs[row]) for row in range(3)]
+    found = score_batch(ranker, histories, candidates, chunk=3, needs=needs)
+    app = RewardReplica(ReplicaOptions(ranker="given", chunk=2), ranker).__serve_build_asgi_app__()
+    with TestClient(app) as client:
+        attempt = HttpAttempt("http://testserver")
+        attempt._client = client
+        told = RewardClient(attempt, RewardSettings(retries=0)).score(histories, candidates, needs)
+        wrong = {"histories": [[1]], "candidates": [[1]], "needs": ["trend", "trend"]}
+        assert client.post("/score", json=wrong).status_code == 422
+    for result in (found, told):
+        assert result.failure_N.tolist() == ["", "", "", RewardFailure.BAD_REQUEST.value]
+        assert result.variances is not None
+        for row, one in enumerate(exact):
+            np.testing.assert_allclose(result.scores[row], one.mean_N, rtol=1e-5)
+            np.testing.assert_allclose(result.variances[row], one.variance_N, rtol=1e-5)
+    assert not np.allclose(exact[0].mean_N, ranker.predict([HISTORIES[0]] * 3, ITEMS, "interest").mean_N)
+    with pytest.raises(ValueError, match="3 needs"):
+        ScoreCall.pack(histories, candidates, needs[:3])
+
+
+def test_a_ranker_without_needs_gives_every_need_the_same(ranker: CriticRanker) -> None:
+    boastful = Boastful([[1.0], [2.0]])
+    found = score_batch(boastful, [ITEMS, ITEMS], [ITEMS[:1], ITEMS[:1]], chunk=2, needs=["interest", "unheard"])
+    assert found.failure_N.tolist() == ["", ""]
+    assert [row.tolist() for row in found.variances or []] == [[1.0], [2.0]]
 
 
 class Boastful:
