@@ -99,7 +99,8 @@ class FeedbackLog:
     table: pa.Table
     """`SCHEMA`."""
     counts: Mapping[str, int]
-    """Rows that were left out, by `data.feedback_reading.FeedbackFault`; all zero for a log made in memory."""
+    """Rows that were left out, by `data.feedback_reading.FeedbackFault`, and responses that could not be joined, by
+    `data.responses.ResponseFault`; all zero for a log made in memory."""
 
     def __len__(self) -> int:
         return len(self.table)

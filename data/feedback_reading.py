@@ -6,6 +6,7 @@ Suffixes: `_N` row of the log, `_E` entry of a list column, rows joined one afte
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,6 +33,7 @@ from data.feedback import (
 )
 from data.parquet import open_parquet, read_table
 from data.records import BoolArray, Decode, IntArray, LongArray
+from data.responses import read_responses, request_digests
 
 
 class FeedbackFault(StrEnum):
@@ -118,9 +120,12 @@ def read_feedback(
             row that can be used; the counts are in the message.
     """
     days = complete_days(folder, first_day=first_day, last_day=last_day)
-    tables, seconds = [], []
+    tables, seconds, unjoined = [], [], Counter[str]()
     for day in days:
         table = _read_day(folder / f"day={day}")
+        responses, left_out = read_responses(folder / f"day={day}", checks.response_range)
+        table = responses.join(table, request_digests(table["request_id"].combine_chunks()))
+        unjoined += left_out + responses.counts()
         tables.append(table)
         seconds.append(np.full(len(table), day_start(day), np.int64))
     table = pa.concat_tables(tables).combine_chunks()
@@ -130,7 +135,7 @@ def read_feedback(
     kept = np.flatnonzero(fault_N == "")
     time_N = table["timestamp"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
     order = kept[np.argsort(time_N[kept], kind="stable")]
-    return FeedbackLog(table=table.take(pa.array(order)), counts=counts)
+    return FeedbackLog(table=table.take(pa.array(order)), counts=counts | unjoined)
 
 
 def complete_days(folder: Path, *, first_day: str | None = None, last_day: str | None = None) -> list[str]:

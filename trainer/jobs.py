@@ -87,6 +87,12 @@ class PolicyJobSettings(JobSettings):
     """How new weights reach the fleet."""
     cluster: ClusterSettings = ClusterSettings()
     """The Ray cluster."""
+    feedback: Path | None = None
+    """Feedback log that is trained on in place of the training split: `rl` takes its requests as prompts
+    (objective.anchor), `sft` its responses as targets."""
+    feedback_catalogues: tuple[str, ...] = ()
+    """Digests of further catalogues that number the same items, whose rows of the log are used as well: this one's
+    before some of its items were retired. The present one and the one without retirements need not be named."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -107,7 +113,7 @@ class PolicyJobSettings(JobSettings):
 
 
 class SftJob(PolicyJobSettings):
-    """Supervised training on whole sequences with the full-vocabulary NLL."""
+    """Supervised training on whole sequences, or on the responses of a log, with the full-vocabulary NLL."""
 
     job: Literal["sft"] = "sft"
     """Kind of job."""
@@ -133,11 +139,6 @@ class RlJob(PolicyJobSettings):
     """What joins the groups, and which are worth a step."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """GRPO and its switches."""
-    feedback: Path | None = None
-    """Feedback log whose requests are the prompts (objective.anchor); none takes the training split."""
-    feedback_catalogues: tuple[str, ...] = ()
-    """Digests of further catalogues that number the same items, whose rows of the log are used as well: this one's
-    before some of its items were retired. The present one and the one without retirements need not be named."""
     policy_gap: PolicyGapSettings = PolicyGapSettings()
     """Alarm on the gap between engine and learner."""
     rollout_only: Path | None = None

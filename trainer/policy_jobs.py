@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.catalogue import Catalogue
-from data.dataset import Samples
+from data.dataset import Samples, Sequences
+from data.errors import RequestError
 from data.feed import Feed
 from data.feedback import Anchors
 from data.feedback_reading import FeedbackChecks, read_feedback
@@ -21,7 +22,7 @@ from data.records import NO_ITEM
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
-from trainer.anchor import Snips
+from trainer.anchor import Anchor, Snips
 from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
@@ -39,10 +40,15 @@ RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean", "ndcg@10"
 
 
 def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
-    """Train on whole sequences; Ray must be connected. Returns the summary."""
+    """Train on whole sequences or on the responses of a log; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
-    sequences = data.dataset.sequences("train")
+    logged, fingerprint = None, data.dataset.fingerprint
+    if job.feedback is None:
+        sequences = data.dataset.sequences("train")
+    else:
+        logged = logged_rows(job, data)
+        sequences, fingerprint = response_sequences(logged), f"{fingerprint}+{logged.anchors.digest}"
     longest = int((sequences.end_S - sequences.start_S).max(initial=0))
     check_windows(job, longest_sequence=longest, depth=data.catalogue.trie().depth)
     feed = WindowFeed(
@@ -51,10 +57,12 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
         history=job.data.history,
         batch_rows=job.batch_rows,
         seed=job.seed,
-        fingerprint=data.dataset.fingerprint,
+        fingerprint=fingerprint,
     )
     total = total_steps(job, feed.batches_per_epoch)
     with policy_run(job, data, run_dir, interruption, total_steps=total, headline=SFT_HEADLINE) as run:
+        if logged is not None:
+            run.run_log.say(logged.told)
         _restore_cursor(run, feed)
         loop = SftLoop(
             settings=job,
@@ -67,7 +75,8 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
         )
         reason = loop.run()
         test = test_best(run, interrupted=reason == "interrupted")
-        return summary(run, loop, reason, time.monotonic() - begun) | test
+        result = summary(run, loop, reason, time.monotonic() - begun) | test
+        return result if logged is None else result | {"feedback": logged.record()}
 
 
 def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
@@ -136,9 +145,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "backend": "ray-serve" if service is not None else "rules",
             "requests": 0 if rewards.client is None else rewards.client.requests,
         }
-        if logged is not None:
-            result["feedback"] = {"rows": len(logged.samples), "left_out": logged.left_out}
-        return result
+        return result if logged is None else result | {"feedback": logged.record()}
 
 
 class LoggedRows(NamedTuple):
@@ -157,8 +164,35 @@ class LoggedRows(NamedTuple):
         reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.left_out.items())
         return f"feedback: {len(self.samples):,} rows; left out: {reasons or 'none'}"
 
+    def record(self) -> dict[str, Any]:
+        """What a summary keeps."""
+        return {"rows": len(self.samples), "left_out": self.left_out}
 
-def logged_rows(job: RlJob, data: PolicyData) -> LoggedRows:
+
+def response_sequences(logged: LoggedRows) -> Sequences:
+    """A sequence per row with a response: its history as context and the exposed item as the only target.
+
+    Raises:
+        RequestError: no row has a response.
+    """
+    chosen = np.flatnonzero(logged.samples.target_N != NO_ITEM)
+    if not len(chosen):
+        raise RequestError("feedback", f"no response in {len(logged.samples)} rows", "a log with responses for sft")
+    rows = logged.samples.take(chosen)
+    length_N = rows.end_N - rows.start_N
+    end_N = np.cumsum(length_N + 1)
+    values = np.empty(int(end_N[-1]), np.int32)
+    values[end_N - 1] = rows.target_N
+    context = np.ones(len(values), np.bool_)
+    context[end_N - 1] = False
+    within = np.arange(int(length_N.sum())) - np.repeat(np.cumsum(length_N) - length_N, length_N)
+    values[context] = rows.values[np.repeat(rows.start_N, length_N) + within]
+    return Sequences(
+        values=values, start_S=end_N - length_N - 1, end_S=end_N, loss_from_S=length_N, user_id_S=rows.user_id_N
+    )
+
+
+def logged_rows(job: SftJob | RlJob, data: PolicyData) -> LoggedRows:
     """The requests of the log as training rows, and their exposures by row; without a response there is no target.
 
     Raises:
@@ -173,9 +207,9 @@ def logged_rows(job: RlJob, data: PolicyData) -> LoggedRows:
     return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out)
 
 
-def feedback_checks(job: RlJob, catalogue: Catalogue) -> FeedbackChecks:
+def feedback_checks(job: SftJob | RlJob, catalogue: Catalogue) -> FeedbackChecks:
     """What the rows of a log must be for a job that trains a model of this catalogue."""
-    anchor = job.objective.anchor
+    anchor = job.objective.anchor if isinstance(job, RlJob) else Anchor()
     # Retiring items changes the digest; the log is most often older than the last retirement.
     whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
     return FeedbackChecks(

@@ -28,7 +28,7 @@ from launch.continual.results import Result
 from launch.continual.settings import ServiceSettings
 from trainer.checkpoints import open_model
 from trainer.interruption import Interruption
-from trainer.jobs import PRESETS, Job, RlJob
+from trainer.jobs import PRESETS, Job, RlJob, SftJob
 
 SECTION = "continual"
 EXIT_REJECTED = 3
@@ -91,7 +91,7 @@ def parser() -> Arguments:
         "docs/continual.md. Keys of the recipe, also of its section `continual`, are given as --a.b VALUE.",
         allow_abbrev=False,
     )
-    made.add_argument("recipe", help="an rl recipe of `windlass train`, by name or path")
+    made.add_argument("recipe", help="an rl or sft recipe of `windlass train`, by name or path")
     made.add_argument("--log", required=True, help="feedback log: a folder or a pyarrow file-system URI")
     made.add_argument("--registry", required=True, type=Path, help="folder of the versions; made when missing")
     made.add_argument("--once", action="store_true", help="take what is complete now and end; for cron")
@@ -103,7 +103,7 @@ def parser() -> Arguments:
 
 def read_continual(
     recipe: str, overrides: Sequence[str], *, log: str, registry: Path
-) -> tuple[RlJob, ContinualSettings]:
+) -> tuple[RlJob | SftJob, ContinualSettings]:
     """The job and the section `continual` of a recipe with overrides.
 
     Raises:
@@ -117,15 +117,15 @@ def read_continual(
     settings = validate(Section, merge(own, mine, Section)).continual
     kinds = [text for path, text in pairs if path == ["job"]]
     kind = kinds[-1] if kinds else content.get("job")
-    if kind != "rl":
-        raise RequestError("job", repr(kind), "rl: updates from a log are made by rl jobs")
+    if kind not in ("rl", "sft"):
+        raise RequestError("job", repr(kind), "rl or sft: jobs that train the model on a log")
     # The rows of every update come from the log, by a folder that the cycle makes.
     job: Job = job_from(content | {"feedback": str(registry.expanduser().resolve() / "continual")}, theirs)
-    assert isinstance(job, RlJob)
+    assert isinstance(job, RlJob | SftJob)
     return job, settings
 
 
-def serve(job: RlJob, settings: ContinualSettings, known: Namespace, first_day: str) -> list[Result]:
+def serve(job: RlJob | SftJob, settings: ContinualSettings, known: Namespace, first_day: str) -> list[Result]:
     """Work through the log once, or until somebody asks to stop."""
     check_paths(job)
     log, files, root = LogFolder(known.log), Files(), known.registry.expanduser().resolve()
@@ -150,7 +150,7 @@ def serve(job: RlJob, settings: ContinualSettings, known: Namespace, first_day: 
                 return results
 
 
-def first_model(job: RlJob) -> Path:
+def first_model(job: RlJob | SftJob) -> Path:
     """The model that serves before any update.
 
     Raises:

@@ -217,9 +217,9 @@ class Cycle:
         if told is not None:
             return self._skipped(one, (told,))
         trained = (f"{one.name}/{TRAIN}", *self._carry())
-        rows, fewest = self._folders.rows(trained), self._updater.fewest_rows
-        if rows < fewest:
-            few = Told(reason=Reason.TOO_FEW_ROWS, found=f"{rows}, an update takes {fewest}; the next one has them")
+        lacking = self._updater.lacks(self._folders.rows(trained), self._folders.responses(trained))
+        if lacking:
+            few = Told(reason=Reason.TOO_FEW_ROWS, found=f"{lacking}; the next one has them")
             return replace(self._skipped(one, (few,)), carry=(*self._carry(), *_sources(one)))
         work, parent = self._work / one.name, self._registry.version(one.parent).path
         self._files.make_folder(work)

@@ -1,4 +1,4 @@
-"""The updater of the service: an `rl` job of `windlass train` on the rows of the log, and beams on the held-out ones.
+"""The updater of the service: an `rl` or `sft` job of `windlass train` on the log's rows, beams on the held-out ones.
 
 Ranking metrics are of positive exposures: the item that a user responded to is the target, so they are called
 `exposed_hr@10` and so on. Other rows say nothing about what should have been shown instead.
@@ -30,7 +30,7 @@ from rollout.fleet import RolloutFleet
 from trainer.checkpoints import latest_checkpoint, open_model
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.initial_model import CATALOGUE, check_model
-from trainer.jobs import RlJob
+from trainer.jobs import RlJob, SftJob
 from trainer.policy_jobs import feedback_checks
 from trainer.prompt_card import PromptCard
 
@@ -55,14 +55,16 @@ class MeasureSettings(Settings):
 class RecipeUpdater:
     """Trains by a recipe."""
 
-    def __init__(self, job: RlJob, measure: MeasureSettings) -> None:
+    def __init__(self, job: RlJob | SftJob, measure: MeasureSettings) -> None:
         self._job = job
         self._measure = measure
 
-    @property
-    def fewest_rows(self) -> int:
-        """One rollout batch."""
-        return self._job.batch_prompts
+    def lacks(self, rows: int, responses: int) -> str:
+        """`rl` takes a whole rollout batch, `sft` a response."""
+        if isinstance(self._job, SftJob):
+            return "" if responses else f"no response in {rows} rows, an sft update takes 1"
+        fewest = self._job.batch_prompts
+        return "" if rows >= fewest else f"{rows} rows, an update takes {fewest}"
 
     def describe(self) -> dict[str, Any]:
         """The job, as the recipe and the command line gave it."""

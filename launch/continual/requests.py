@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
 
 from data.records import BoolArray
+from data.responses import DigestArray
 
 ROWS_PER_BUCKET: Final = 1 << 21
-DigestArray = npt.NDArray[np.uint64]
 
 
 class Repeated(NamedTuple):
@@ -38,12 +34,6 @@ class Repeated(NamedTuple):
         """Either, for some rows."""
         found: BoolArray = self.within_N[rows] | self.across_N[rows]
         return found
-
-
-def request_digests(request_id: pa.Array) -> DigestArray:
-    """[B] xxh3_64 of every id; null counts as the empty text."""
-    texts = pc.fill_null(request_id, "").cast(pa.binary()).to_numpy(zero_copy_only=False)
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(texts))
 
 
 class RequestSorter:

@@ -30,6 +30,14 @@ class RowFolders:
         """Rows of some sources."""
         return sum(sum(self.files_of(source).values()) for source in sources)
 
+    def responses(self, sources: Sequence[str]) -> int:
+        """Rows of some sources that have a response."""
+        count = 0
+        for source in sources:
+            folder, _, part = source.partition("/")
+            count += RowReport.read(self.root / folder).responses.get(part, 0)
+        return count
+
     def feedback(self, folder: Path, sources: Sequence[str]) -> Path:
         """A feedback log of links to the files of some sources; a crash leaves it absent or whole."""
         if folder.exists():

@@ -33,10 +33,11 @@ from data.feedback import DAY_SECONDS, FORMAT, METADATA, ROWS_PER_FILE, SCHEMA, 
 from data.feedback_reading import EXPECTED, FAULTS, FeedbackChecks, FeedbackFault, fault_codes
 from data.parquet import READ_ERRORS, first_line
 from data.records import BoolArray
+from data.responses import request_digests
 from data.settings import Settings
 from launch.continual.log_folder import Listing, LogFolder, UnusableFile
 from launch.continual.reasons import Reason, Told
-from launch.continual.requests import Repeated, RequestSorter, request_digests
+from launch.continual.requests import Repeated, RequestSorter
 
 BATCH_ROWS: Final = 1 << 16
 TRAIN: Final = "train"
@@ -80,6 +81,8 @@ class RowReport:
     """By `RowCount` and `FeedbackFault`; those that are not zero."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Rows by file, as `train/part-00000.parquet`."""
+    responses: Mapping[str, int] = field(default_factory=dict)
+    """Rows with a response by part: `train`, `held_out`."""
     policies: Mapping[str, int] = field(default_factory=dict)
     """Usable rows by policy version."""
     mean_weight: float = 0.0
@@ -212,10 +215,20 @@ def _split(
     usable = counts[RowCount.TRAIN] + counts[RowCount.HELD_OUT]
     return RowReport(
         files=train.files | held.files,
+        responses={TRAIN: train.responses, HELD_OUT: held.responses},
         counts={str(name): count for name, count in sorted(counts.items()) if count},
         policies=dict(sorted(policies.items())),
         mean_weight=weights / usable if usable else 0.0,
     )
+
+
+def responded(table: pa.Table) -> BoolArray:
+    """[B] rows of sound lists with a response above 0 to any of their items."""
+    response = table["response"].combine_chunks()
+    ends_B = np.cumsum(response.value_lengths().to_numpy(zero_copy_only=False))
+    above_E = np.concatenate([[0], np.cumsum(response.flatten().to_numpy(zero_copy_only=False) > 0)])
+    found: BoolArray = np.diff(above_E[ends_B], prepend=0) > 0
+    return found
 
 
 def _chosen(table: pa.Table, chosen_B: BoolArray) -> pa.Table:
@@ -263,6 +276,8 @@ class Parts:
         self.files: dict[str, int] = {}
         """Rows by file, once the parts are closed."""
         self.rows = 0
+        self.responses = 0
+        """Rows with a response."""
         self._thread = ThreadPoolExecutor(1)
         self._behind: Future[None] | None = None
         folder.mkdir()
@@ -281,6 +296,7 @@ class Parts:
         """The next rows; waits for those before, so that no more than one batch is held."""
         self._settle()
         self.rows += len(table)
+        self.responses += int(responded(table).sum())
         self._behind = self._thread.submit(self._write, table)
 
     def _settle(self) -> None:

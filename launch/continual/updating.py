@@ -30,9 +30,13 @@ class Update:
 class Updater(Protocol):
     """Trains and measures models."""
 
-    @property
-    def fewest_rows(self) -> int:
-        """Rows that an update takes."""
+    def lacks(self, rows: int, responses: int) -> str:
+        """What rows to train on lack for an update, in words; empty when they are enough.
+
+        Args:
+            rows: all of them.
+            responses: those with a response.
+        """
         ...
 
     def checks(self, model: Path) -> FeedbackChecks:

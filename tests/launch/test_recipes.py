@@ -66,6 +66,13 @@ def test_ablations_of_abpo_change_one_key(name: str, changes: dict[str, tuple[st
     assert differences("abpo", name) == changes
 
 
+def test_alternatives_of_abpo_differ_in_the_objective_alone() -> None:
+    changed = set(differences("abpo", "grpo-feedback"))
+    assert {key.split(".")[0] for key in changed} == {"objective", "reward"}
+    for key in ("feedback", "init", "data.dataset", "limits.max_steps", "learner.lr"):
+        assert key not in differences("abpo", "sft-feedback")
+
+
 def test_mixtures_are_adagrpo_without_a_gate() -> None:
     for name in ("mixture-low", "mixture-even", "mixture-high"):
         changed = set(differences("adagrpo", name))

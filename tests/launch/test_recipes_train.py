@@ -64,7 +64,8 @@ class World:
         changes |= SIZES | {"evaluation.test_rows": 0}
         if not isinstance(job, RlJob):
             # A run of another recipe gives `init`; the presets stay, for the recipes that begin with one.
-            changes |= {"batch_rows": 8} | ({} if job.init in ("mini", "tiny") else {"init": self.policy})
+            changes |= {"batch_rows": 8} | ({} if job.feedback is None else {"feedback": self.feedback})
+            changes |= {} if job.init in ("mini", "tiny") else {"init": self.policy}
             return arguments(changes | {"init_embeddings": "auto"})
         changes |= {"init": self.policy, "batch_prompts": 16, "data.latest_rows": "null", "rollout.shard_size": 16}
         if name in CLIPPING:

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pytest
 
 from data.errors import RequestError
+from data.feed import sequence_windows
 from data.feedback import SCHEMA, FeedbackLog, PropensityKind, single_item_log, write_feedback
 from data.records import NO_ITEM
 from tests.small_world import ITEMS, recipe, write_dataset
-from trainer.jobs import RlJob
+from trainer.jobs import RlJob, SftJob
 from trainer.policy_data import PolicyData
-from trainer.policy_jobs import logged_rows
+from trainer.policy_jobs import logged_rows, response_sequences
 
 ROWS = 12
 
@@ -86,6 +87,30 @@ def test_rows_of_a_log_are_training_rows_with_a_target_where_there_was_a_respons
     assert samples.target_N.tolist() == np.where(responded_N, anchors.item_N, NO_ITEM).tolist()
     other = dataclasses.replace(anchors, response_N=1 - anchors.response_N)
     assert anchors.digest == dataclasses.replace(anchors).digest != other.digest
+
+
+def test_responses_of_a_log_are_the_only_targets_of_supervised_training(dataset: Path, tmp_path: Path) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    table = plain_log(data.catalogue.digest, decode="beam").table
+    history = [[], [1, 2, 3], [4], [5, 6], *[[7]] * (ROWS - 4)]
+    place = table.column_names.index("history")
+    field = SCHEMA.field("history")
+    write_feedback(tmp_path / "log", table.set_column(place, field, pa.array(history, field.type)))
+    sft = SftJob.model_validate(recipe(dataset, "sft", feedback=str(tmp_path / "log")))
+    logged = logged_rows(sft, data)
+    sequences = response_sequences(logged)
+    rows = [row for row in range(ROWS) if row % 3 == 0]
+    bounds = zip(sequences.start_S.tolist(), sequences.end_S.tolist(), strict=True)
+    assert [sequences.values[start:end].tolist() for start, end in bounds] == [
+        [*history[row], 20 + row] for row in rows
+    ]
+    assert sequences.loss_from_S.tolist() == [len(history[row]) for row in rows]
+    windows = sequence_windows(sequences, data.catalogue, 6, 0, 0)
+    targets = sorted(tokens[mask].tolist() for tokens, mask in windows)
+    assert targets == sorted(data.catalogue.tokens(20 + row).tolist() for row in rows)
+    nobody = dataclasses.replace(logged.samples, target_N=np.full(ROWS, NO_ITEM, np.int32))
+    with pytest.raises(RequestError, match="no response in 12 rows"):
+        response_sequences(logged._replace(samples=nobody))
 
 
 def test_a_log_of_other_items_is_refused_and_one_from_before_a_retirement_is_not(dataset: Path, tmp_path: Path) -> None:

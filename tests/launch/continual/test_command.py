@@ -58,11 +58,18 @@ class World:
             evaluation={"every": 3},
         )
         self.recipe = write_recipe(folder / "abpo.yaml", content | {"continual": {"guard": GUARD}})
+        plain = {"reward": {"item_match": 1.0, "rank_penalty": 0.0}, "objective": {}}
+        write_recipe(folder / "grpo.yaml", content | plain | {"continual": {"guard": GUARD}})
+        supervised = recipe(
+            self.dataset, "sft", init=str(self.model), rollout={"engine": "reference"}, evaluation={"every": 3}
+        )
+        write_recipe(folder / "sft.yaml", supervised | {"batch_rows": 8, "continual": {"guard": GUARD}})
 
-    def run(self, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-        """One start of the service; exit code and answer."""
+    def run(self, *arguments: str, name: str = "abpo") -> tuple[int, list[dict[str, Any]]]:
+        """One start of the service with a recipe; exit code and answer."""
+        registry = self.registry if name == "abpo" else self.folder / f"registry-{name}"
         done = windlass(
-            *("continual", str(self.recipe), "--log", str(self.log), "--registry", str(self.registry)),
+            *("continual", str(self.folder / f"{name}.yaml"), "--log", str(self.log), "--registry", str(registry)),
             *("--once", "--json", "-", *arguments),
             cwd=self.folder,
             **UNCHECKED,
@@ -110,6 +117,17 @@ def test_a_day_is_promoted_and_the_next_start_has_nothing_to_do(
     validate("registry-prune", json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_alternatives_to_abpo_update_by_recipe(world: World, name: str) -> None:
+    code, (result,) = world.run(name=name)
+    assert (code, result["decision"], result["version"]) == (0, "promoted", 2)
+    registry = Registry(world.folder / f"registry-{name}")
+    assert registry.version(2).digest != registry.version(1).digest
+    assert registry.version(2).lineage["updater"]["job"]["job"] == ("sft" if name == "sft" else "rl")
+    assert world.run(name=name) == (0, [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -117,7 +135,7 @@ def test_a_day_is_promoted_and_the_next_start_has_nothing_to_do(
         (["--json", "-"], "--json: -; legal: with --once"),
         (["--once", "--continual.late", "never"], "continual.late"),
         (["--once", "--continual.rows.held_out", "2"], "continual.rows.held_out"),
-        (["--once", "--job", "sft"], "job"),
+        (["--once", "--job", "ranker"], "job: 'ranker'; legal: rl or sft"),
         (["--limits.max_stepz", "1"], "limits.max_stepz"),
     ],
 )

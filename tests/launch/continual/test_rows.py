@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from data.errors import RequestError
 from data.feedback import SCHEMA, day_start
 from data.feedback_reading import find_faults
+from data.responses import request_digests
 from launch.continual.lock import writing
 from launch.continual.log_folder import LogFolder, UnusableFile
-from launch.continual.requests import RequestSorter, request_digests
+from launch.continual.requests import RequestSorter
 from launch.continual.rows import HELD_OUT, QUARANTINE, REQUESTS, TRAIN, RowReport, RowSettings, read_rows, split_second
 from launch.provenance import ROOT
 from tests.launch.continual.world import CHECKS, days, finish_day, rows, write_file

@@ -97,7 +97,8 @@ def write_log(log: Path, policy: str) -> None:
 class StubUpdater:
     """Writes a file in place of training, in two steps."""
 
-    fewest_rows = 20
+    def lacks(self, rows: int, responses: int) -> str:
+        return "" if rows >= 20 else f"{rows} rows of 20"
 
     def checks(self, model: Path) -> FeedbackChecks:
         assert (model / WEIGHTS).is_file()
