@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -142,15 +142,26 @@ def packed(batch: pa.RecordBatch | pa.Table, response_range: tuple[float, float]
 class Responses:
     """Responses of a day, joined to its exposures a batch at a time."""
 
-    def __init__(self, pair_R: PairArray) -> None:
+    def __init__(self, words: Callable[[], tuple[DigestArray, DigestArray]]) -> None:
         """
         Args:
-            pair_R: [R, 2] sorted by their first word; may be mapped from a file.
+            words: gives digests `[R]`, sorted, and the words of item and response `[R]`; asked for every batch, so
+                that files may be mapped anew and their pages do not stay in memory.
         """
-        self._pair_R = pair_R
-        self._found_R = np.zeros(len(pair_R), np.bool_)
+        self._words = words
+        self._found_R = np.zeros(len(words()[0]), np.bool_)
         self.not_shown = 0
         """Responses so far whose request did not expose the item."""
+
+    @staticmethod
+    def of(pair_R: PairArray) -> Responses:
+        """Responses in memory, in any order."""
+        ordered = pair_R[np.argsort(pair_R[:, 0], kind="stable")]
+        digest_R, word_R = ordered[:, 0].copy(), ordered[:, 1].copy()
+        return Responses(lambda: (digest_R, word_R))
+
+    def __len__(self) -> int:
+        return len(self._found_R)
 
     @property
     def without_request(self) -> int:
@@ -172,17 +183,18 @@ class Responses:
             table: `data.feedback.SCHEMA`; rows whose lists are uneven stay as they are.
             digest_B: `request_digests` of its rows.
         """
-        if not len(self._pair_R):
+        if not len(self):
             return table
-        first_B = np.searchsorted(self._pair_R[:, 0], digest_B, "left")
-        count_B = np.searchsorted(self._pair_R[:, 0], digest_B, "right") - first_B
+        digest_R, word_R = self._words()
+        first_B = np.searchsorted(digest_R, digest_B, "left")
+        count_B = np.searchsorted(digest_R, digest_B, "right") - first_B
         row_A = np.repeat(np.arange(len(table)), count_B)
         if not len(row_A):
             return table
         place_A = np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B) + np.arange(len(row_A))
         new_A = ~self._found_R[place_A]
         self._found_R[place_A] = True
-        word_A = np.array(self._pair_R[place_A, 1])
+        word_A = np.array(word_R[place_A])
         item_A = (word_A >> np.uint64(32)).astype(np.uint32).view(np.int32)
         value_A = word_A.astype(np.uint32).view(np.float32)
         exposed, response = _joined(table["exposed"]), _joined(table["response"])
@@ -215,8 +227,7 @@ def read_responses(day: Path, response_range: tuple[float, float] = (0.0, 1.0)) 
         pair_R, left_out = packed(table.combine_chunks(), response_range)
         pairs.append(pair_R)
         counts += left_out
-    pair_R = np.concatenate(pairs)
-    return Responses(pair_R[np.argsort(pair_R[:, 0], kind="stable")]), counts
+    return Responses.of(np.concatenate(pairs)), counts
 
 
 def responses_table(rows: Sequence[tuple[str, int, float, int]]) -> pa.Table:

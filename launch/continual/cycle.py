@@ -14,21 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError
-from data.feedback_reading import FeedbackChecks
 from launch.continual.files import Files
 from launch.continual.guard import Checked, Outcome, check, passes, wanted
-from launch.continual.journal import FileFacts, Journal, Pass, PassState, changes
-from launch.continual.log_folder import LogFolder, UnusableFile, missing_days, waits_for
+from launch.continual.journal import Changes, Day, FileFacts, Journal, Pass, PassState, changes
+from launch.continual.log_folder import Listing, LogFolder, UnusableFile, is_response, missing_days, waits_for
+from launch.continual.pass_rows import PassRows, is_late_responses, sources
 from launch.continual.reasons import Decision, Reason, Told
 from launch.continual.registry import Registry, digest_of, folder_digests
 from launch.continual.results import Result
-from launch.continual.row_folders import RowFolders
-from launch.continual.rows import HELD_OUT, REQUESTS, TRAIN, RowReport, read_rows, unusable
+from launch.continual.row_folders import replayed_rows
+from launch.continual.rows import (
+    HELD_OUT,
+    TRAIN,
+    RowCount,
+    unusable,
+)
 from launch.continual.settings import GapRule, LateRule, RejectRule, ServiceSettings
 from launch.continual.updating import Interrupted, Update, Updater
 
@@ -63,9 +67,8 @@ class Cycle:
         self._files = files
         root = registry.root / "continual"
         self._journal = Journal(root / "journal", files)
-        self._rows = root / "rows"
         self._work = root / "work"
-        self._folders = RowFolders(self._rows, files)
+        self._rows = PassRows(root / "rows", log, registry, updater, self._journal, settings, files)
 
     def run(self, first_day: str = "") -> list[Result]:
         """Finish the pass that is open, then take every complete day with something new, in order.
@@ -123,7 +126,7 @@ class Cycle:
     def _recover(self) -> None:
         self._registry.recover()
         self._journal.recover()
-        for folder in (self._rows, self._work):
+        for folder in (self._rows.root, self._work):
             self._files.make_folder(folder)
             self._files.clear_leftovers(folder)
         self._sweep()
@@ -134,7 +137,7 @@ class Cycle:
         """A pass to begin (or one that is done at once), a result that says why the day waits, or nothing to do."""
         listing = self._log.listing(day)
         known = self._journal.day(day)
-        if known.passes and not changes(known.files, self._log.facts(listing, known.files)).to_read:
+        if known.passes and not self._news(known, listing).to_read:
             return None
         missing = missing_days(day, [other for other in self._log.days() if other < day])
         told = waits_for(listing, self._settings.complete, self._clock())
@@ -143,18 +146,30 @@ class Cycle:
         if told is not None:
             return Result(day=day, decision=Decision.WAITING, reasons=(told,))
         facts = self._log.facts(listing, known.files)
-        changed = changes(known.files, facts)
+        changed = self._news(known, listing)
         names, late = changed.to_read, changed.told()
+        if known.passes and all(map(is_response, names)):
+            late = (Told(reason=Reason.LATE_RESPONSES, found=", ".join(names)),)
         if not known.passes:
-            names = tuple(sorted(listing.promised or facts))
+            names = tuple(sorted((*(listing.promised or listing.exposures), *listing.responses)))
             later = [one.day for one in self._journal.passes() if one.day > day]
             late = (Told(reason=Reason.LATE_DAY, found=f"{max(later)} was begun"),) if later else ()
         notes = [Told(reason=Reason.MISSING_DAY, found=", ".join(missing))] if missing else []
         begun = self._begin(day, {name: facts[name] for name in names}, (*notes, *late))
-        # Of a day that was skipped nothing was used, so that its repair is not late.
-        unused = known.passes and all(one.decision is Decision.SKIPPED for one in known.passes)
+        # Of a day that was skipped nothing was used, so that its repair is not late; late responses are no late rows.
+        unused = (known.passes and not known.used) or all(map(is_response, names))
         refused = late and not unused and self._settings.late is LateRule.QUARANTINE
         return self._skipped(begun, ()) if refused else begun
+
+    def _news(self, known: Day, listing: Listing) -> Changes:
+        """What came or changed since a day was done; responses alone count from time to time only, to save reading."""
+        found = changes(known.files, self._log.facts(listing, known.files))
+        exposures = found.of(lambda name: not is_response(name))
+        if exposures.to_read or not known.passes:
+            return exposures if known.passes else found
+        last = max(one.decided_at or one.began_at for one in known.passes)
+        due = self._clock() >= last + self._settings.late_responses_every_s
+        return found if due else exposures
 
     def _begin(self, day: str, facts: dict[str, FileFacts], notes: Sequence[Told]) -> Pass:
         current = self._registry.current()
@@ -195,7 +210,7 @@ class Cycle:
         same = {name: found.digest for name, found in now.items()} == {n: f.digest for n, f in one.files.items()}
         if one.state is PassState.BEGAN and same and one.parent == current.number:
             return one
-        for folder in (self._work / one.name, self._rows / one.name):
+        for folder in (self._work / one.name, self._rows.root / one.name):
             if folder.exists():
                 self._files.remove_folder(folder)
         notes = tuple(told for told in one.reasons if told.reason not in (Reason.GUARD, Reason.GUARD_PASSED))
@@ -206,25 +221,35 @@ class Cycle:
     def _decide(self, one: Pass) -> Pass:
         """Validate, update, measure and guard."""
         try:
-            report = self._read(one)
+            report = self._rows.read(one)
         except UnusableFile as error:
             return self._skipped(one, (error.told,))
         one = replace(one, counts=report.counts)
+        corrected = self._rows.corrected(one)
+        if corrected and not is_late_responses(one):
+            found = f"{report.counts[RowCount.CORRECTED]} rows have a response now and had none"
+            one = replace(one, reasons=(*one.reasons, Told(reason=Reason.LATE_RESPONSES, found=found)))
+        if is_late_responses(one):
+            return self._skipped(one, (), keep=corrected)
         if len(report.policies) > 1:
             mixed = ", ".join(f"{count} of {name}" for name, count in report.policies.items())
             one = replace(one, reasons=(*one.reasons, Told(reason=Reason.MIXED_POLICIES, found=mixed)))
         told = unusable(report, self._settings.rows)
         if told is not None:
-            return self._skipped(one, (told,))
-        trained = (f"{one.name}/{TRAIN}", *self._carry())
-        lacking = self._updater.lacks(self._folders.rows(trained), self._folders.responses(trained))
+            return self._skipped(one, (told,), keep=corrected)
+        trained = (f"{one.name}/{TRAIN}", *corrected, *self._rows.carry())
+        folders = self._rows.folders
+        lacking = self._updater.lacks(folders.rows(trained), folders.responses(trained))
         if lacking:
             few = Told(reason=Reason.TOO_FEW_ROWS, found=f"{lacking}; the next one has them")
-            return replace(self._skipped(one, (few,)), carry=(*self._carry(), *_sources(one)))
+            return self._skipped(one, (few,), keep=(*sources(one), *corrected))
         work, parent = self._work / one.name, self._registry.version(one.parent).path
         self._files.make_folder(work)
-        feedback = self._folders.feedback(work / "feedback", trained)
-        held_out = self._folders.feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
+        replayed = self._rows.replayed(one, trained)
+        feedback = folders.feedback(work / "feedback", trained, replayed=replayed, salt=self._rows.salt(one))
+        held_out = folders.feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
+        if replayed:
+            one = replace(one, counts=dict(one.counts) | {RowCount.REPLAYED.value: replayed_rows(feedback)})
         model = self._updater.update(Update(parent=parent, feedback=feedback, work=work / "update"))
         conditions = self._settings.guard.conditions
         checked = check(conditions, self._updater.measure(model, parent, held_out, wanted(conditions)))
@@ -248,80 +273,35 @@ class Cycle:
         if promoted and one.candidate not in served:
             assert one.decided_at is not None
             self._registry.promote(one.candidate, at=one.decided_at, why=f"update by {one.day}, pass {one.number}")
-        carry = self._carry()
+        carry = self._rows.carry()
         if promoted:
             carry = (f"{one.name}/{HELD_OUT}",)
-        elif self._settings.on_reject is RejectRule.ACCUMULATE:
-            carry = (*carry, *_sources(one))
+        else:
+            accumulates = self._settings.on_reject is RejectRule.ACCUMULATE
+            carry = (*carry, *(sources(one) if accumulates else ()), *self._rows.corrected(one))
         done = replace(one, state=PassState.DONE, carry=carry)
         self._journal.write(done)
         self._sweep()
         return Result.of(done)
 
-    def _skipped(self, one: Pass, told: Sequence[Told]) -> Pass:
+    def _skipped(self, one: Pass, told: Sequence[Told], *, keep: Sequence[str] = ()) -> Pass:
+        """The pass ended without an update; `keep` are row folders of its own for the next one."""
         return replace(
             one,
             state=PassState.DONE,
             decided_at=self._clock(),
             decision=Decision.SKIPPED,
             reasons=(*one.reasons, *told),
-            carry=self._carry(),
+            carry=(*self._rows.carry(), *keep),
         )
-
-    # --- rows ---
-
-    def _read(self, one: Pass) -> RowReport:
-        target = self._rows / one.name
-        if target.exists():
-            return RowReport.read(target)
-        partial = self._rows / f".{one.name}.partial"
-        if partial.exists():
-            self._files.remove(partial)
-        self._files.make_folder(partial)
-        report = read_rows(
-            self._log,
-            self._log.listing(one.day),
-            sorted(one.files),
-            partial,
-            checks=self._checks(one),
-            settings=self._settings.rows,
-            earlier=self._earlier(one),
-        )
-        self._files.publish(partial, target)
-        return report
-
-    def _checks(self, one: Pass) -> FeedbackChecks:
-        names = {self._registry.version(number).name for number in self._registry.numbers()}
-        checks = self._updater.checks(self._registry.version(one.parent).path)
-        return replace(checks, policies=frozenset(names | set(self._settings.policies)))
-
-    def _earlier(self, one: Pass) -> list[Path]:
-        """Request digests of the passes whose rows were or will be used, near enough in time."""
-        carrying = {source.split("/")[0] for source in self._carry()}
-        near = [
-            other
-            for other in self._journal.passes()
-            if (other.decision in (Decision.PROMOTED, Decision.REJECTED) or other.name in carrying)
-            and other.name != one.name
-            and abs((date.fromisoformat(other.day) - date.fromisoformat(one.day)).days) <= self._settings.duplicate_days
-        ]
-        paths = [self._rows / other.name / REQUESTS for other in near]
-        return [path for path in paths if path.exists()]
-
-    def _carry(self) -> tuple[str, ...]:
-        """Row folders that earlier passes left for the next update."""
-        done = [one for one in self._journal.passes() if one.state is PassState.DONE]
-        return done[-1].carry if done else ()
 
     def _sweep(self) -> None:
         """Remove rows and work that nothing will ask for again."""
-        every = self._journal.passes()
-        opened = {one.name for one in every if one.state is not PassState.DONE}
-        carried = set(self._carry())
+        opened = {one.name for one in self._journal.passes() if one.state is not PassState.DONE}
         for path in sorted(self._work.iterdir()):
             if path.name not in opened:
                 self._files.remove_folder(path)
-        self._folders.sweep(carried, opened)
+        self._rows.sweep(opened)
 
     # --- the model ---
 
@@ -357,11 +337,6 @@ def begin_registry(registry: Registry, model: Path, *, at: float) -> None:
     if registry.current() is None:
         registry.add(1, model, {"parent": None, "source": str(model)})
         registry.promote(1, at=at, why="the first version")
-
-
-def _sources(one: Pass) -> tuple[str, str]:
-    """The row folders of a pass."""
-    return f"{one.name}/{TRAIN}", f"{one.name}/{HELD_OUT}"
 
 
 def _verdict(checked: Sequence[Checked]) -> list[Told]:

@@ -7,7 +7,7 @@ time of change only spare reading them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -74,6 +74,13 @@ class Pass:
         """Names its folders."""
         return f"{self.day}.{self.number}"
 
+    @property
+    def used(self) -> bool:
+        """Whether its rows were trained on, or will be."""
+        kept = {Reason.TOO_FEW_ROWS, Reason.LATE_RESPONSES}
+        updated = self.decision in (Decision.PROMOTED, Decision.REJECTED)
+        return updated or any(told.reason in kept for told in self.reasons)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Day:
@@ -86,6 +93,11 @@ class Day:
     def files(self) -> dict[str, FileFacts]:
         """The files of all passes that were not skipped for a fault of theirs, as last read."""
         return {name: facts for one in self.passes for name, facts in one.files.items()}
+
+    @property
+    def used(self) -> tuple[Pass, ...]:
+        """The passes whose rows were trained on, or will be."""
+        return tuple(one for one in self.passes if one.used)
 
     @property
     def open(self) -> Pass | None:
@@ -110,6 +122,14 @@ class Changes:
     def to_read(self) -> tuple[str, ...]:
         """Files with content that no pass has seen."""
         return tuple(sorted((*self.new, *self.rewritten)))
+
+    def of(self, kind: Callable[[str], bool]) -> Changes:
+        """The changes of some files, by their names."""
+        return Changes(
+            new=tuple(filter(kind, self.new)),
+            rewritten=tuple(filter(kind, self.rewritten)),
+            vanished=tuple(filter(kind, self.vanished)),
+        )
 
     def told(self) -> tuple[Told, ...]:
         """The changes as reasons."""

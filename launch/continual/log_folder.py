@@ -6,7 +6,7 @@ The log is a local folder or a pyarrow file-system URI. It belongs to its writer
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import Field
 from data.errors import RequestError
 from data.feedback import DAY_SECONDS, FORMAT, METADATA, SCHEMA, SUCCESS, day_start, is_day
 from data.parquet import READ_ERRORS, first_line
+from data.responses import FOLDER, wrong_responses
 from data.settings import Settings
 from launch.continual.journal import FileFacts
 from launch.continual.reasons import Reason, Told
@@ -55,12 +56,22 @@ class Listing:
 
     day: str
     files: Mapping[str, tuple[int, int]]
-    """(bytes, time of change in ns) of every Parquet file by name."""
+    """(bytes, time of change in ns) of every Parquet file by name; those of responses as `responses/NAME`."""
     success: bool
     promised: Mapping[str, int] = field(default_factory=dict)
     """Rows of each file as `_SUCCESS` tells; empty where it tells nothing."""
     newest_s: float = 0.0
-    """Time of the last change."""
+    """Time of the last change of the exposures."""
+
+    @property
+    def exposures(self) -> tuple[str, ...]:
+        """Names of the files of exposures, in order."""
+        return tuple(sorted(name for name in self.files if not is_response(name)))
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """Names of the files of responses, in order."""
+        return tuple(sorted(name for name in self.files if is_response(name)))
 
 
 class LogFolder:
@@ -104,16 +115,13 @@ class LogFolder:
     def listing(self, day: str) -> Listing:
         """What lies there now; names that begin with a dot or an underscore are the writer's own."""
         infos = self._system.get_file_info(pafs.FileSelector(f"{self._root}/{PREFIX}{day}"))
-        parquet = {
-            info.base_name: (int(info.size), int(info.mtime_ns or 0))
-            for info in infos
-            if info.type == pafs.FileType.File
-            and info.base_name.endswith(".parquet")
-            and not info.base_name.startswith((".", "_"))
+        late = pafs.FileSelector(f"{self._root}/{PREFIX}{day}/{FOLDER}", allow_not_found=True)
+        parquet = _parquet(infos) | {
+            f"{FOLDER}/{name}": facts for name, facts in _parquet(self._system.get_file_info(late)).items()
         }
         done = [info for info in infos if info.base_name == SUCCESS]
         promised = _promised(self._read(f"{PREFIX}{day}/{SUCCESS}")) if done else {}
-        changed = [int(info.mtime_ns or 0) for info in infos]
+        changed = [int(info.mtime_ns or 0) for info in infos if info.base_name != FOLDER]
         return Listing(
             day=day, files=parquet, success=bool(done), promised=promised, newest_s=max(changed, default=0) / 1e9
         )
@@ -141,18 +149,32 @@ class LogFolder:
         Raises:
             UnusableFile: not Parquet, another schema or format, or another number of rows.
         """
-        try:
-            stream = self._system.open_input_file(f"{self._root}/{PREFIX}{day}/{name}")
-            file = pq.ParquetFile(stream, read_dictionary=ENCODED)
-        except READ_ERRORS as error:
-            raise UnusableFile(Told(reason=Reason.DAMAGED_FILE, found=f"{name} ({first_line(error)})")) from error
-        wrong = wrong_schema(file.schema_arrow)
-        if wrong is not None:
-            raise UnusableFile(Told(reason=Reason.OTHER_SCHEMA, found=f"{name}: {wrong}"))
+        file = self._parquet(day, name, wrong_schema, ENCODED)
         rows = file.metadata.num_rows
         if promised is not None and rows != promised:
             found = f"{name} has {rows} rows, {SUCCESS} says {promised}"
             raise UnusableFile(Told(reason=Reason.DAMAGED_FILE, found=found))
+        return file
+
+    def responses(self, day: str, name: str) -> pq.ParquetFile:
+        """Open a file of responses and check what it claims to be.
+
+        Raises:
+            UnusableFile: not Parquet, or another schema or format.
+        """
+        return self._parquet(day, f"{FOLDER}/{name}", wrong_responses, [])
+
+    def _parquet(
+        self, day: str, name: str, wrong_in: Callable[[pa.Schema], str | None], encoded: list[str]
+    ) -> pq.ParquetFile:
+        try:
+            stream = self._system.open_input_file(f"{self._root}/{PREFIX}{day}/{name}")
+            file = pq.ParquetFile(stream, read_dictionary=encoded)
+        except READ_ERRORS as error:
+            raise UnusableFile(Told(reason=Reason.DAMAGED_FILE, found=f"{name} ({first_line(error)})")) from error
+        wrong = wrong_in(file.schema_arrow)
+        if wrong is not None:
+            raise UnusableFile(Told(reason=Reason.OTHER_SCHEMA, found=f"{name}: {wrong}"))
         return file
 
     def _read(self, name: str) -> bytes:
@@ -166,6 +188,22 @@ class LogFolder:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
+
+
+def is_response(name: str) -> bool:
+    """Whether a file of a day, by its name within it, is one of responses."""
+    return name.startswith(f"{FOLDER}/")
+
+
+def _parquet(infos: Sequence[pafs.FileInfo]) -> dict[str, tuple[int, int]]:
+    """(bytes, time of change in ns) of the files that are a reader's, by name."""
+    return {
+        info.base_name: (int(info.size), int(info.mtime_ns or 0))
+        for info in infos
+        if info.type == pafs.FileType.File
+        and info.base_name.endswith(".parquet")
+        and not info.base_name.startswith((".", "_"))
+    }
 
 
 def waits_for(listing: Listing, settings: CompletenessSettings, now: float) -> Told | None:

@@ -55,6 +55,8 @@ class Reason(StrEnum):
     """The day came after a later one was done; skipped where `late` is quarantine."""
     LATE_FILE = "late_file"
     """A file came after its day was done; skipped where `late` is quarantine."""
+    LATE_RESPONSES = "late_responses"
+    """Responses came after their day was done; rows that had none before are trained on again by the next update."""
     REWRITTEN_FILE = "rewritten_file"
     """A file changed after its day was done; skipped where `late` is quarantine."""
     VANISHED_FILE = "vanished_file"

@@ -2,53 +2,57 @@
 
     train/part-00000.parquet      usable rows but for the last ones
     held_out/part-00000.parquet   the last usable rows by time, which the next cycle trains on
+    corrected/part-00000.parquet  rows that an earlier pass used without a response, and that have one now
     quarantine.parquet            rows that cannot be used, each with its fault
     requests.u64                  sorted digests of the request ids (`launch.continual.requests`)
+    responded.u64                 of the used ones that have a response
+    corrected.u64                 of the corrected ones
     ROWS.json                     counts
 
-Three passes: request ids, times, everything. Suffix `_B`: row of a batch.
+Three passes: request ids, times, everything; responses are joined in the last. Suffix `_B`: row of a batch.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from data.feedback import DAY_SECONDS, FORMAT, METADATA, ROWS_PER_FILE, SCHEMA, day_start
+from data.feedback import DAY_SECONDS, SCHEMA, day_start
 from data.feedback_reading import EXPECTED, FAULTS, FeedbackChecks, FeedbackFault, fault_codes
-from data.parquet import READ_ERRORS, first_line
 from data.records import BoolArray
-from data.responses import request_digests
+from data.responses import DigestArray, Responses, request_digests
 from data.settings import Settings
-from launch.continual.log_folder import Listing, LogFolder, UnusableFile
+from launch.continual.late_responses import joined_responses
+from launch.continual.log_folder import Listing, LogFolder
+from launch.continual.parquet_stream import batches
+from launch.continual.parts import Parts, Quarantine, responded
 from launch.continual.reasons import Reason, Told
-from launch.continual.requests import Repeated, RequestSorter
+from launch.continual.requests import DigestFiles, DigestWriter, Repeated, RequestSorter
 
-BATCH_ROWS: Final = 1 << 16
 TRAIN: Final = "train"
 HELD_OUT: Final = "held_out"
 REQUESTS: Final = "requests.u64"
+CORRECTED: Final = "corrected"
+PARTS: Final = (TRAIN, HELD_OUT, CORRECTED)
 REPORT: Final = "ROWS.json"
+RESPONDED: Final = "responded.u64"
+CORRECTIONS: Final = "corrected.u64"
 QUARANTINE: Final = "quarantine.parquet"
-MARKED: Final = SCHEMA.with_metadata({METADATA: json.dumps({"format": FORMAT})})
-FEW_WORDS: Final = ["need", "propensity_kind", "policy_version", "decode", "catalogue_digest"]
-
-Opener = Callable[[], pq.ParquetFile]
+DUPLICATE: Final = FAULTS.index(FeedbackFault.DUPLICATE_REQUEST) + 1
+WITHOUT_ID: Final = FAULTS.index(FeedbackFault.MISSING_REQUEST_ID) + 1
 
 
 class RowSettings(Settings):
@@ -69,8 +73,26 @@ class RowCount(StrEnum):
     ROWS = "rows"
     TRAIN = "train"
     HELD_OUT = "held_out"
+    CORRECTED = "corrected"
+    """Rows that an earlier pass of the day used without a response, and that have one now."""
+    REPLAYED = "replayed"
+    """Rows of earlier updates that joined the update."""
+    RESPONSES = "responses"
+    """Responses of files of responses that are of a row."""
     REQUEST_OF_EARLIER_PASS = "request_of_earlier_pass"
     """Among `duplicate_request`: an earlier pass has the request, of another day or of this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What earlier passes leave for this one."""
+
+    requests: Sequence[Path] = ()
+    """Request digests of passes near in time, whose requests are not used again."""
+    of_day: Sequence[Path] = ()
+    """Those among them of the same day, whose rows a late response corrects."""
+    responded: Sequence[Path] = ()
+    """Digests of the requests that had a response in these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +104,7 @@ class RowReport:
     files: Mapping[str, int] = field(default_factory=dict)
     """Rows by file, as `train/part-00000.parquet`."""
     responses: Mapping[str, int] = field(default_factory=dict)
-    """Rows with a response by part: `train`, `held_out`."""
+    """Rows with a response by part: `train`, `held_out`, `corrected`."""
     policies: Mapping[str, int] = field(default_factory=dict)
     """Usable rows by policy version."""
     mean_weight: float = 0.0
@@ -106,18 +128,20 @@ def read_rows(
     *,
     checks: FeedbackChecks,
     settings: RowSettings,
-    earlier: Sequence[Path] = (),
+    before: Before = Before(),
+    read_again: bool = False,
 ) -> RowReport:
-    """Check, count and split the rows of some files of a day.
+    """Check, count and split the rows of some files of a day, joined with all its responses.
 
     Args:
         log: where they lie.
         listing: of the day.
-        names: the files.
+        names: the files of exposures.
         out: an empty folder that no reader looks at.
         checks: what is asked of the rows.
         settings: the split.
-        earlier: request digests of earlier passes.
+        before: what earlier passes used.
+        read_again: earlier passes used the files; only rows that late responses correct are taken from them.
 
     Raises:
         UnusableFile: a file that cannot be read or has another schema.
@@ -126,17 +150,26 @@ def read_rows(
     rows = sum(opened().metadata.num_rows for opened in files)
     first = day_start(listing.day)
     with RequestSorter(out, rows) as sorter:
-        for batch in _batches(files, ["request_id"]):
+        for batch in batches(files, ["request_id"]):
             sorter.add(request_digests(batch.column("request_id")))
-        repeated = sorter.finish(out / REQUESTS, earlier)
+        repeated = sorter.finish(out / REQUESTS, before.requests)
     second_S, at = np.zeros(DAY_SECONDS, np.int64), 0
-    for batch in _batches(files, ["timestamp"]):
-        time_B = pc.fill_null(batch.column("timestamp"), -1).to_numpy(zero_copy_only=False) - first
-        counted_B = (time_B >= 0) & (time_B < DAY_SECONDS) & ~repeated.any_of(slice(at, at + len(batch)))
-        at += len(batch)
-        second_S += np.bincount(time_B[counted_B], minlength=DAY_SECONDS)
-    held_from = first + split_second(second_S, settings.held_out)
-    report = _split(files, out, repeated, checks, day_first=first, held_from=held_from)
+    if not read_again:
+        for batch in batches(files, ["timestamp"]):
+            time_B = pc.fill_null(batch.column("timestamp"), -1).to_numpy(zero_copy_only=False) - first
+            counted_B = (time_B >= 0) & (time_B < DAY_SECONDS) & ~repeated.any_of(slice(at, at + len(batch)))
+            at += len(batch)
+            second_S += np.bincount(time_B[counted_B], minlength=DAY_SECONDS)
+    with joined_responses(log, listing, out, checks.response_range) as (responses, unjoined):
+        splitter = _Splitter(
+            checks, before, day_first=first, held_from=first + split_second(second_S, settings.held_out)
+        )
+        counts, files_of = splitter.split(batches(files, SCHEMA.names), out, repeated, responses, read_again=read_again)
+        found = len(responses) - responses.without_request
+        # Of late files alone, the requests of other responses lie in the files that are not read.
+        whole = not before.of_day or read_again
+        counts += Counter({RowCount.RESPONSES: found}) + (unjoined + responses.counts() if whole else Counter())
+    report = splitter.report(counts, files_of)
     report.write(out)
     return report
 
@@ -176,59 +209,107 @@ def unusable(report: RowReport, settings: RowSettings) -> Told | None:
     return None
 
 
-def _split(
-    files: Sequence[Opener],
-    out: Path,
-    repeated: Repeated,
-    checks: FeedbackChecks,
-    *,
-    day_first: int,
-    held_from: int,
-) -> RowReport:
-    counts: Counter[str] = Counter()
-    policies: Counter[str] = Counter()
-    weights, at = 0.0, 0
-    active = checks.n_items if checks.active_I is None else int(checks.active_I.sum())
-    with Parts(out / TRAIN) as train, Parts(out / HELD_OUT) as held, _Quarantine(out / QUARANTINE) as quarantine:
-        for batch in _batches(files, SCHEMA.names):
-            table = pa.table(batch.columns, names=SCHEMA.names)
-            rows = slice(at, at + len(table))
-            at += len(table)
-            code_B = fault_codes(table, checks, day_start_N=day_first, repeated_N=repeated.any_of(rows))
-            usable_B = code_B == 0
-            late_B = pc.fill_null(batch.column("timestamp"), 0).to_numpy(zero_copy_only=False) >= held_from
-            for part, chosen_B in ((train, usable_B & ~late_B), (held, usable_B & late_B)):
-                chosen = _chosen(table, chosen_B)
-                part.write(chosen)
-                policies.update(_words(chosen))
-                weights += _uniform_weight(chosen, active)
-            quarantine.write(_chosen(table, ~usable_B), code_B[~usable_B])
-            counts.update(
-                {
-                    FAULTS[int(code) - 1].value: int(n)
-                    for code, n in zip(*np.unique(code_B[~usable_B], return_counts=True), strict=True)
-                }
-            )
-            duplicate_B = code_B == FAULTS.index(FeedbackFault.DUPLICATE_REQUEST) + 1
-            counts[RowCount.REQUEST_OF_EARLIER_PASS] += int((duplicate_B & repeated.across_N[rows]).sum())
-        counts.update({RowCount.ROWS: at, RowCount.TRAIN: train.rows, RowCount.HELD_OUT: held.rows})
-    usable = counts[RowCount.TRAIN] + counts[RowCount.HELD_OUT]
-    return RowReport(
-        files=train.files | held.files,
-        responses={TRAIN: train.responses, HELD_OUT: held.responses},
-        counts={str(name): count for name, count in sorted(counts.items()) if count},
-        policies=dict(sorted(policies.items())),
-        mean_weight=weights / usable if usable else 0.0,
-    )
+class _Splitter:
+    """The last pass over the rows."""
+
+    def __init__(self, checks: FeedbackChecks, before: Before, *, day_first: int, held_from: int) -> None:
+        self._checks = checks
+        self._of_day, self._responded = DigestFiles(before.of_day), DigestFiles(before.responded)
+        self._corrects = bool(before.of_day)
+        self._day_first = day_first
+        self._held_from = held_from
+        self._active = checks.n_items if checks.active_I is None else int(checks.active_I.sum())
+        self._policies: Counter[str] = Counter()
+        self._weights = 0.0
+        self._responses: dict[str, int] = {}
+
+    def split(
+        self,
+        source: Iterator[pa.RecordBatch],
+        out: Path,
+        repeated: Repeated,
+        responses: Responses,
+        *,
+        read_again: bool,
+    ) -> tuple[Counter[str], dict[str, int]]:
+        """Write every row where it belongs; returns counts, and rows by file."""
+        counts: Counter[str] = Counter()
+        at = 0
+        with ExitStack() as stack:
+            parts = {name: stack.enter_context(Parts(out / name)) for name in PARTS}
+            quarantine = stack.enter_context(Quarantine(out / QUARANTINE))
+            answered = stack.enter_context(DigestWriter(out, RESPONDED, len(repeated.within_N)))
+            corrections = stack.enter_context(DigestWriter(out, CORRECTIONS, len(repeated.within_N)))
+            for batch in source:
+                table = pa.table(batch.columns, names=SCHEMA.names)
+                rows = slice(at, at + len(table))
+                at += len(table)
+                digest_B = request_digests(batch.column("request_id")) if len(responses) or self._corrects else None
+                if digest_B is not None:
+                    table = responses.join(table, digest_B)
+                code_B, corrected_B = self._codes(table, digest_B, repeated, rows)
+                answered_B = (code_B == 0) & responded(table)
+                chosen = self._parts(table, code_B, corrected_B, read_again)
+                for name, chosen_B in chosen.items():
+                    part = _chosen(table, chosen_B)
+                    parts[name].write(part)
+                    self._policies.update(_words(part))
+                    self._weights += _uniform_weight(part, self._active)
+                kept_B = np.logical_or.reduce(list(chosen.values())) & answered_B
+                answered.add(table, kept_B, digest_B)
+                corrections.add(table, corrected_B, digest_B)
+                if not read_again:
+                    quarantine.write(_chosen(table, code_B != 0), code_B[code_B != 0])
+                    counts.update(_faults(code_B))
+                    duplicate_B = code_B == DUPLICATE
+                    counts[RowCount.REQUEST_OF_EARLIER_PASS] += int((duplicate_B & repeated.across_N[rows]).sum())
+            counts[RowCount.ROWS] += 0 if read_again else at
+        counts.update({name: part.rows for name, part in parts.items()})
+        self._responses = {name: part.responses for name, part in parts.items()}
+        return counts, {file: rows for part in parts.values() for file, rows in part.files.items()}
+
+    def report(self, counts: Counter[str], files: Mapping[str, int]) -> RowReport:
+        """What was found."""
+        usable = sum(counts[name] for name in PARTS)
+        return RowReport(
+            files=files,
+            responses=self._responses,
+            counts={str(name): count for name, count in sorted(counts.items()) if count},
+            policies=dict(sorted(self._policies.items())),
+            mean_weight=self._weights / usable if usable else 0.0,
+        )
+
+    def _codes(
+        self, table: pa.Table, digest_B: DigestArray | None, repeated: Repeated, rows: slice
+    ) -> tuple[npt.NDArray[np.uint8], BoolArray]:
+        """[B] faults, and rows that correct one of an earlier pass."""
+        across_B = repeated.across_N[rows]
+        within_B = repeated.within_N[rows]
+        code_B = fault_codes(table, self._checks, day_start_N=self._day_first, repeated_N=within_B)
+        corrected_B = np.zeros(len(table), np.bool_)
+        if self._corrects and digest_B is not None:
+            late = np.flatnonzero((code_B == 0) & across_B & responded(table))
+            late_B = self._of_day.has(digest_B[late]) & ~self._responded.has(digest_B[late])
+            corrected_B[late[late_B]] = True
+        # A missing id has the digest of the empty text, and is told as what it is.
+        code_B[across_B & ~corrected_B & (code_B != WITHOUT_ID)] = DUPLICATE
+        return code_B, corrected_B
+
+    def _parts(
+        self, table: pa.Table, code_B: npt.NDArray[np.uint8], corrected_B: BoolArray, read_again: bool
+    ) -> dict[str, BoolArray]:
+        """[B] the rows of each part."""
+        nothing_B = np.zeros(len(table), np.bool_)
+        if read_again:
+            return {TRAIN: nothing_B, HELD_OUT: nothing_B, CORRECTED: corrected_B}
+        late_B = pc.fill_null(table["timestamp"], 0).to_numpy() >= self._held_from
+        usable_B = (code_B == 0) & ~corrected_B
+        return {TRAIN: usable_B & ~late_B, HELD_OUT: usable_B & late_B, CORRECTED: corrected_B}
 
 
-def responded(table: pa.Table) -> BoolArray:
-    """[B] rows of sound lists with a response above 0 to any of their items."""
-    response = table["response"].combine_chunks()
-    ends_B = np.cumsum(response.value_lengths().to_numpy(zero_copy_only=False))
-    above_E = np.concatenate([[0], np.cumsum(response.flatten().to_numpy(zero_copy_only=False) > 0)])
-    found: BoolArray = np.diff(above_E[ends_B], prepend=0) > 0
-    return found
+def _faults(code_B: npt.NDArray[np.uint8]) -> dict[str, int]:
+    found = zip(*np.unique(code_B[code_B != 0], return_counts=True), strict=True)
+    return {FAULTS[int(code) - 1].value: int(n) for code, n in found}
 
 
 def _chosen(table: pa.Table, chosen_B: BoolArray) -> pa.Table:
@@ -247,102 +328,3 @@ def _uniform_weight(table: pa.Table, n_items: int) -> float:
     logp0_B = pc.list_element(table["logp0"].combine_chunks(), 0).to_numpy(zero_copy_only=False)
     among = pc.fill_null(pc.list_value_length(table["candidates"].combine_chunks()), n_items)
     return float((np.exp(-logp0_B.astype(np.float64)) / among.to_numpy(zero_copy_only=False)).sum())
-
-
-def _batches(files: Sequence[Opener], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The batches of all files; the next one is read while the present one is worked on."""
-    # A file that was read keeps its decoders, so that each is opened for its turn only.
-    source = (batch for opened in files for batch in opened().iter_batches(BATCH_ROWS, columns=columns))
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next, source, None)
-        while True:
-            try:
-                batch = ahead.result()
-            except READ_ERRORS as error:
-                raise UnusableFile(Told(reason=Reason.DAMAGED_FILE, found=first_line(error))) from error
-            if batch is None:
-                return
-            ahead = reader.submit(next, source, None)
-            yield batch
-
-
-class Parts:
-    """Rows as files of bounded size, written by a thread of its own; use as a context manager."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writer: pq.ParquetWriter | None = None
-        self._in_file = 0
-        self.files: dict[str, int] = {}
-        """Rows by file, once the parts are closed."""
-        self.rows = 0
-        self.responses = 0
-        """Rows with a response."""
-        self._thread = ThreadPoolExecutor(1)
-        self._behind: Future[None] | None = None
-        folder.mkdir()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._thread:
-            self._settle()
-            self._close()
-
-    def write(self, table: pa.Table) -> None:
-        """The next rows; waits for those before, so that no more than one batch is held."""
-        self._settle()
-        self.rows += len(table)
-        self.responses += int(responded(table).sum())
-        self._behind = self._thread.submit(self._write, table)
-
-    def _settle(self) -> None:
-        if self._behind is not None:
-            self._behind.result()
-        self._behind = None
-
-    def _write(self, table: pa.Table) -> None:
-        if not len(table):
-            return
-        if self._writer is None:
-            path = self._folder / f"part-{len(self.files):05d}.parquet"
-            # These files are read once or twice and removed: speed counts more than size.
-            self._writer = pq.ParquetWriter(path, MARKED, compression="lz4", use_dictionary=FEW_WORDS)
-        self._writer.write_table(table.cast(MARKED))
-        self._in_file += len(table)
-        if self._in_file >= ROWS_PER_FILE:
-            self._close()
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self.files[f"{self._folder.name}/part-{len(self.files):05d}.parquet"] = self._in_file
-        self._writer, self._in_file = None, 0
-
-
-class _Quarantine:
-    """Rows with their faults; no file where there are none."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, table: pa.Table, code_B: npt.NDArray[np.uint8]) -> None:
-        """Further rows and the numbers of their faults."""
-        if not len(table):
-            return
-        faults = pa.array([FAULTS[code - 1].value for code in code_B.tolist()])
-        rows = table.cast(SCHEMA).append_column("fault", faults)
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, rows.schema, compression="zstd")
-        self._writer.write_table(rows)

@@ -21,6 +21,26 @@ class LateRule(StrEnum):
     """They are recorded with the reason and not used."""
 
 
+class CorrectionRule(StrEnum):
+    """What becomes of requests that were trained on without a response, and have one now."""
+
+    RETRAIN = "retrain"
+    """The next update trains on them again, with their response and their propensity."""
+    RECORD = "record"
+    """They are counted."""
+
+
+class ReplaySettings(Settings):
+    """Rows of earlier updates that join an update."""
+
+    share: float = Field(0.0, ge=0, le=10)
+    """Rows of earlier updates for each row of this one; 0 keeps and joins none."""
+    days: int = Field(7, ge=1)
+    """Days before a partition from which they are drawn, of promoted updates."""
+    seed: int = Field(0, ge=0)
+    """Of the draw, which also depends on the request and on the pass."""
+
+
 class GapRule(StrEnum):
     """What becomes of a day while an earlier one waits or is missing."""
 
@@ -46,6 +66,12 @@ class PartitionSettings(Settings):
     """Which rows are used."""
     late: LateRule = LateRule.APPLY
     """apply or quarantine: files and days that come, or change, after a day was done."""
+    late_responses: CorrectionRule = CorrectionRule.RETRAIN
+    """retrain or record: requests that were trained on without a response and have one now."""
+    late_responses_every_s: float = Field(86_400.0, ge=0)
+    """Seconds between two looks at the late responses of a day."""
+    replay: ReplaySettings = ReplaySettings()
+    """Rows of earlier updates that join an update."""
     gaps: GapRule = GapRule.PROCEED
     """proceed or wait: a day while an earlier one waits or is missing."""
     on_reject: RejectRule = RejectRule.SKIP

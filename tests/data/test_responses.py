@@ -68,7 +68,7 @@ def test_joining_is_the_plain_loop(
     rows = [exposure(*one) for one in exposures]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pair_R, faults = packed(responses_table([(*one, START) for one in answers]), (0.0, 1.0))
-    responses = Responses(pair_R[pair_R[:, 0].argsort(kind="stable")])
+    responses = Responses.of(pair_R)
     found: list[Any] = []
     for first in range(0, len(rows), batch):
         part = table.slice(first, batch)
@@ -115,7 +115,7 @@ def test_responses_that_cannot_be_joined_are_counted() -> None:
     )
     pair_R, faults = packed(table, (0.0, 1.0))
     assert faults == {"missing_response_field": 3, "bad_late_response": 1}
-    responses = Responses(pair_R)
+    responses = Responses.of(pair_R)
     exposures = pa.Table.from_pylist([exposure("a", [1], [0.0])], schema=SCHEMA)
     digests = request_digests(exposures["request_id"].combine_chunks())
     responses.join(exposures, digests)

@@ -19,7 +19,7 @@ from launch.config import load_job, recipe_header, recipe_names, recipe_path
 from tests.requirements import require
 from tests.small_world import read_steps, windlass, write_dataset
 from trainer.gate import GateKind
-from trainer.jobs import RankerJob, RlJob
+from trainer.jobs import PolicyJobSettings, RankerJob, RlJob
 
 STEPS = 3
 CLIPPING = ("dapo", "dr_grpo", "gspo")
@@ -148,4 +148,6 @@ def test_headers_say_what_to_run_before() -> None:
         header = recipe_header(recipe_path(name))
         if isinstance(job, RlJob) and job.init.endswith("runs/demo/sft") and name != "demo-rl":
             assert "`windlass demo`" in header
-        assert ("`windlass data simulate" in header) == (isinstance(job, RlJob) and job.feedback is not None)
+        assert ("`windlass data simulate" in header) == (
+            isinstance(job, PolicyJobSettings) and job.feedback is not None
+        )

@@ -25,7 +25,17 @@ from data.responses import request_digests
 from launch.continual.lock import writing
 from launch.continual.log_folder import LogFolder, UnusableFile
 from launch.continual.requests import RequestSorter
-from launch.continual.rows import HELD_OUT, QUARANTINE, REQUESTS, TRAIN, RowReport, RowSettings, read_rows, split_second
+from launch.continual.rows import (
+    HELD_OUT,
+    QUARANTINE,
+    REQUESTS,
+    TRAIN,
+    Before,
+    RowReport,
+    RowSettings,
+    read_rows,
+    split_second,
+)
 from launch.provenance import ROOT
 from tests.launch.continual.world import CHECKS, days, finish_day, rows, write_file
 
@@ -37,7 +47,9 @@ def read(tmp_path: Path, name: str = "out", earlier: tuple[Path, ...] = ()) -> t
     out = tmp_path / name
     out.mkdir()
     listing = log.listing(DAY)
-    report = read_rows(log, listing, sorted(listing.files), out, checks=CHECKS, settings=RowSettings(), earlier=earlier)
+    report = read_rows(
+        log, listing, listing.exposures, out, checks=CHECKS, settings=RowSettings(), before=Before(requests=earlier)
+    )
     assert RowReport.read(out) == report
     return report, out
 
