@@ -25,7 +25,7 @@ from reward.artefact import DESCRIPTION, RankerArtefact
 from reward.service import check_port, check_service
 from trainer.checkpoints import model_folder
 from trainer.group_dump import dumped_steps
-from trainer.jobs import JOBS, PRESETS, Job, JobSettings, PolicyJobSettings, RlJob
+from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, PolicyJobSettings, RlJob
 from trainer.trackers import check_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -134,7 +134,7 @@ def job_from(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
     return job
 
 
-def job_model(name: object) -> type[JobSettings]:
+def job_model(name: object) -> type[BaseJob]:
     """The class of a job by the name of its kind."""
     if not isinstance(name, str) or name not in JOBS:
         raise RequestError("job", "missing" if name is None else repr(name), f"one of {', '.join(JOBS)}")
@@ -272,13 +272,15 @@ def check_paths(job: Job) -> None:
     if not (dataset / "dataset.json").is_file():
         raise RequestError("data.dataset", dataset, "a folder written by `windlass data import` (with dataset.json)")
     check_trackers(job.tracking)
-    if not isinstance(job, PolicyJobSettings):
+    if not isinstance(job, PolicyJobSettings | CriticJob):
         return
     codes = dataset / "codes" / f"{job.data.codes}.parquet"
     if not codes.is_file():
         there = sorted(path.stem for path in codes.parent.glob("*.parquet") if path.is_file())
         legal = ", ".join(there) if there else "none is there yet; write one with `windlass data ids`"
         raise RequestError("data.codes", job.data.codes, legal)
+    if isinstance(job, CriticJob):
+        return
     if job.init not in PRESETS:
         try:
             model_folder(Path(job.init))

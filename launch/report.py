@@ -17,6 +17,12 @@ from trainer.durable import write_text
 from trainer.run_log import METRICS, read_metrics
 
 STRATA = "strata.json"
+CALIBRATION = "calibration"
+"""Part of a critic's summary."""
+CURVES = ("bins", "levels")
+"""Parts of a calibration that are drawn, not told."""
+NOT_FACTS = ("stages", "comparisons", "format")
+"""Parts of the summary that stand in tables of their own."""
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
 SMALLER_IS_BETTER = r"invalid.*"
@@ -57,6 +63,8 @@ HEADLINE = frozenset(
         "selection/metric",
         "selection/best step",
         "selection/best score",
+        "calibration/expected calibration error",
+        "calibration/normalised calibration error",
     }
 )
 """Facts of the summary that stand at the top; the others follow at the end, folded."""
@@ -103,7 +111,7 @@ def render(run: Path) -> str:
         details=[fact for fact in known if fact["name"] not in HEADLINE and not fact["name"].endswith("words")],
         stages=stage_tables(stages),
         comparisons=comparison_rows(comparisons),
-        plots=plots(steps, stages) + part_plots(run) + strata_plots(run),
+        plots=plots(steps, stages) + part_plots(run) + strata_plots(run) + calibration_plots(run, summary),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
@@ -139,10 +147,17 @@ def _subtitle(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
 def facts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The summary's values outside the stages, flat, with a warning on the ones a reader must not miss."""
     shown: list[dict[str, Any]] = []
-    for name, value in flat({k: v for k, v in summary.items() if k not in ("stages", "comparisons", "format")}):
+    for name, value in flat({k: without_curves(v) for k, v in summary.items() if k not in NOT_FACTS}):
         warn = (name == "interrupted" and value is True) or (name.endswith("violations") and bool(value))
         shown.append({"name": name.replace("_", " "), "value": _text(value), "warn": warn})
     return shown
+
+
+def without_curves(value: object) -> object:
+    """A part of the summary without the values that are drawn (`CURVES`)."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: without_curves(below) for name, below in value.items() if name not in CURVES}
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -225,6 +240,35 @@ def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[s
                     }
                 )
     return rows
+
+
+def calibration_plots(run: Path, summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """How the variances of a critic fit its errors, over all gains and for each need."""
+    told = summary.get(CALIBRATION)
+    if told is None:
+        return []
+    from launch import report_plots as draw
+
+    try:
+        each = {"all needs": told, **told["needs"]} if len(told["needs"]) > 1 else dict(told["needs"])
+        quantiles = {name: (one["levels"]["level"], one["levels"]["share_below"]) for name, one in each.items()}
+        errors = {
+            name: (one["bins"]["predicted_deviation"], one["bins"]["observed_error"]) for name, one in each.items()
+        }
+    except (KeyError, TypeError) as error:
+        found = f"{told!r:.60} ({error!r})"
+        raise RequestError(f"{run / 'summary.json'}: {CALIBRATION}", found, "what a critic job wrote") from error
+    named = [
+        (
+            "Calibration: share of gains below their predicted quantile",
+            draw.against_diagonal(quantiles, xlabel="level of the quantile", ylabel="share of gains below it"),
+        ),
+        (
+            "Reliability: predicted deviation against error",
+            draw.against_diagonal(errors, xlabel="predicted deviation", ylabel="root mean squared error", log=True),
+        ),
+    ]
+    return [{"title": title, "svg": svg} for title, svg in named]
 
 
 def part_plots(run: Path) -> list[dict[str, str]]:

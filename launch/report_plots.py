@@ -154,6 +154,32 @@ def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", inter
     return svg(draw)
 
 
+def against_diagonal(
+    drawn: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, log: bool = False
+) -> str:
+    """(x, y) lines that would lie on the diagonal if both were equal.
+
+    Args:
+        log: logarithmic axes, where all values are above 0.
+    """
+
+    def draw(axes: Axes) -> None:
+        values = [value for pair in drawn.values() for part in pair for value in part]
+        low, high = min(values), max(values)
+        if log and low > 0:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        else:
+            low = min(low, 0.0)
+        axes.plot([low, high], [low, high], color="black", linewidth=0.8, linestyle="--", label="equal")
+        for name, (x, y) in drawn.items():
+            axes.plot(x, y, label=name, marker="o", markersize=3, linewidth=1.4)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+
+    return svg(draw)
+
+
 def svg(draw: Callable[[Axes], None]) -> str:
     """One plot in the style of all."""
     with plt.rc_context({**STYLE, "axes.prop_cycle": plt.cycler(color=PALETTE)}):

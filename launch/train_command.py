@@ -11,7 +11,7 @@ from launch.cluster import cluster
 from launch.memory import MemorySampler
 from launch.run_directory import RunDirectory
 from trainer.interruption import Interruption
-from trainer.jobs import Job, PolicyJobSettings, RankerJob, RlJob, SftJob
+from trainer.jobs import CriticJob, Job, PolicyJobSettings, RankerJob, RlJob, SftJob
 from trainer.run_log import RunLog
 
 
@@ -25,6 +25,8 @@ def train(job: Job, run: RunDirectory) -> dict[str, Any]:
     with Interruption() as interruption, MemorySampler() as memory:
         if isinstance(job, RankerJob):
             summary = train_ranker_job(job, run, interruption)
+        elif isinstance(job, CriticJob):
+            summary = train_critic_job(job, run, interruption)
         else:
             with cluster(job.cluster):
                 summary = train_policy_job(job, run, interruption)
@@ -68,4 +70,27 @@ def train_ranker_job(job: RankerJob, run: RunDirectory, interruption: Interrupti
         "digest": trained.digest,
         "selection": {"metric": job.evaluation.metric, "best_step": trained.step, "best_score": trained.value},
         "ended_by": trained.stopped,
+    }
+
+
+def train_critic_job(job: CriticJob, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
+    """Train a critic in this process into `RUN/ranker`."""
+    from trainer.critic_job import finished_epochs, run_critic
+
+    begun = time.monotonic()
+    folder = run.path / "ranker"
+    done = finished_epochs(folder)
+    with RunLog(run.path, job.tracking, resumed_step=done, headline=("loss", "validation/loss")) as log:
+
+        def write(epoch: int, metrics: Mapping[str, float]) -> None:
+            log.write(epoch, metrics)
+
+        outcome = run_critic(job, folder, log=write, interrupted=lambda: interruption.requested)
+    return {
+        "job": "critic",
+        "ranker": str(folder),
+        "interrupted": not outcome.digest,
+        "wall_seconds": time.monotonic() - begun,
+        "digest": outcome.digest,
+        **outcome.facts,
     }

@@ -10,51 +10,25 @@ Suffixes: `_N` sample, `_U` need.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from data.errors import RequestError, RunError
 from data.feed import generator
 from data.records import BoolArray, IntArray
-from data.settings import Settings
 from reward.calibration import Calibration, Floats, calibration
 from reward.critic import Critic, CriticRanker, CriticShape, critic_loss, padded_histories
+from trainer.critic_settings import CriticSettings
 
 _SPLIT_STREAM = 21
 _ORDER_STREAM = 22
 MIN_DEVIATION = 1e-6
 """Smallest deviation that gains are divided by: a need whose gains are all equal has this scale."""
-
-
-class CriticSettings(Settings):
-    """Shape and training of a critic."""
-
-    width: int = Field(32, ge=2, le=4096)
-    """Width of the embeddings."""
-    hidden: int = Field(64, ge=2, le=65536)
-    """Width of the hidden layers."""
-    networks: int = Field(1, ge=1, le=64)
-    """Networks of the ensemble; their disagreement adds to the variance."""
-    lr: float = Field(3e-3, gt=0, le=1)
-    """Learning rate of AdamW."""
-    weight_decay: float = Field(1e-2, ge=0, le=10)
-    """Decoupled weight decay."""
-    epochs: int = Field(20, ge=1, le=100_000)
-    """Passes over the observed gains, at most."""
-    patience: int = Field(3, ge=1, le=100_000)
-    """Epochs without a better loss on the validation users after which training ends; the best epoch is kept."""
-    batch_rows: int = Field(256, ge=1, le=2**20)
-    """Gains per step."""
-    validation_share: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the critic's users that choose the epoch."""
-    calibration_share: float = Field(0.2, gt=0, lt=0.5)
-    """Share of the critic's users that calibration is measured on."""
 
 
 class Part(StrEnum):
@@ -91,11 +65,17 @@ class ObservedGains:
         )
 
 
+class TrainingStoppedError(Exception):
+    """Somebody asked training to end before it was done; nothing is kept."""
+
+
 class TrainedCritic(NamedTuple):
     """A frozen critic and how well its variances fit users that it has not seen."""
 
     ranker: CriticRanker
     calibration: Calibration
+    by_need: dict[str, Calibration]
+    """The same for each need that those users have a gain for."""
     losses: list[float]
     """On the validation users, epoch by epoch."""
     epoch: int
@@ -131,13 +111,28 @@ def split_users(gains: ObservedGains, settings: CriticSettings, seed: int) -> di
 
 
 def train_critic(
-    gains: ObservedGains, n_items: int, needs: tuple[str, ...], settings: CriticSettings, *, history: int, seed: int
+    gains: ObservedGains,
+    n_items: int,
+    needs: tuple[str, ...],
+    settings: CriticSettings,
+    *,
+    history: int,
+    seed: int,
+    log: Callable[[int, dict[str, float]], None] = lambda epoch, metrics: None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainedCritic:
     """Fit a critic, keep its best epoch and measure its calibration.
 
+    Args:
+        history: most recent items that it reads.
+        log: receives (epoch, metrics), epochs from 1.
+        interrupted: asked after every epoch.
+
     Raises:
-        RequestError: gains that are negative or not finite, too few users, or a need without a gain to fit.
+        RequestError: gains that are negative or not finite, too few users, a need without a gain to fit, or variances
+            that are zero or not finite.
         RunError: a loss that is not finite.
+        TrainingStoppedError: `interrupted` said so.
     """
     bad_N = ~np.isfinite(gains.gain_N) | (gains.gain_N < 0)
     if bad_N.any():
@@ -151,17 +146,22 @@ def train_critic(
         hidden=settings.hidden,
         networks=settings.networks,
         history=history,
+        min_variance=settings.min_variance,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         critic = Critic(shape)
     _set_scales(critic, parts[Part.FIT])
-    best, losses = _fit(critic, parts[Part.FIT], parts[Part.VALIDATION], settings, seed)
+    best, losses = _fit(critic, parts[Part.FIT], parts[Part.VALIDATION], settings, seed, log, interrupted)
     ranker = CriticRanker(best)
     measured = parts[Part.CALIBRATION]
     predicted = ranker.predict(measured.histories, measured.item_N, [needs[code] for code in measured.need_N])
-    report = calibration(measured.gain_N, predicted.mean_N, predicted.variance_N)
-    return TrainedCritic(ranker, report, losses, int(np.argmin(losses)) + 1)
+
+    def fit_of(rows: BoolArray | slice) -> Calibration:
+        return calibration(measured.gain_N[rows], predicted.mean_N[rows], predicted.variance_N[rows])
+
+    by_need = {needs[code]: fit_of(measured.need_N == code) for code in np.unique(measured.need_N).tolist()}
+    return TrainedCritic(ranker, fit_of(slice(None)), by_need, losses, int(np.argmin(losses)) + 1)
 
 
 def _set_scales(critic: Critic, gains: ObservedGains) -> None:
@@ -199,7 +199,13 @@ class _Tensors(NamedTuple):
 
 
 def _fit(
-    critic: Critic, fitted: ObservedGains, validation: ObservedGains, settings: CriticSettings, seed: int
+    critic: Critic,
+    fitted: ObservedGains,
+    validation: ObservedGains,
+    settings: CriticSettings,
+    seed: int,
+    log: Callable[[int, dict[str, float]], None],
+    interrupted: Callable[[], bool],
 ) -> tuple[Critic, list[float]]:
     """The critic of the best epoch, and the validation loss of every epoch."""
     train, held = _Tensors.of(fitted, critic), _Tensors.of(validation, critic)
@@ -208,10 +214,13 @@ def _fit(
     losses: list[float] = []
     for epoch in range(settings.epochs):
         order = torch.from_numpy(generator(seed, _ORDER_STREAM, epoch).permutation(len(fitted)))
+        total = 0.0
         for rows in torch.split(order, settings.batch_rows):
             optimiser.zero_grad()
-            torch.autograd.backward(train.loss(critic, rows))
+            batch_loss = train.loss(critic, rows)
+            torch.autograd.backward(batch_loss)
             optimiser.step()
+            total += batch_loss.item() * len(rows)
         with torch.no_grad():
             loss = float(held.loss(critic, slice(None)))
         if not np.isfinite(loss):
@@ -219,6 +228,9 @@ def _fit(
         if not losses or loss < min(losses):
             best = copy.deepcopy(critic)
         losses.append(loss)
+        log(epoch + 1, {"loss": total / len(order), "validation/loss": loss})
+        if interrupted():
+            raise TrainingStoppedError
         if len(losses) - int(np.argmin(losses)) > settings.patience:
             break
     return best, losses

@@ -20,7 +20,9 @@ from data.settings_data import InteractionSettings, PromptSettings, RolloutDataS
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
+from trainer.critic_settings import CriticSettings
 from trainer.group_settings import GroupSettings
+from trainer.list_settings import ListSettings
 from trainer.objective_checks import check_objective
 from trainer.objective_settings import ObjectiveSettings
 from trainer.ranker_settings import RankerSettings
@@ -53,11 +55,18 @@ class InitEmbeddings(StrEnum):
     """Noise, like every other weight."""
 
 
-class JobSettings(Settings):
+class BaseJob(Settings):
     """What all jobs have."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: data order, initial weights, sampling."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Trackers beside metrics.jsonl and TensorBoard."""
+
+
+class JobSettings(BaseJob):
+    """What the jobs have that are evaluated by ranking metrics."""
+
     limits: LimitSettings
     """When the run ends."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -66,8 +75,6 @@ class JobSettings(Settings):
     """Stop when the metric no longer rises."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """Which checkpoints are written and kept."""
-    tracking: TrackingSettings = TrackingSettings()
-    """Trackers beside metrics.jsonl and TensorBoard."""
 
 
 class PolicyJobSettings(JobSettings):
@@ -209,8 +216,28 @@ class RankerJob(JobSettings):
         return self
 
 
-Job = Annotated[SftJob | RlJob | RankerJob, Field(discriminator="job")]
-JOBS: dict[str, type[JobSettings]] = {"sft": SftJob, "rl": RlJob, "ranker": RankerJob}
+class CriticJob(BaseJob):
+    """A critic of gains that nobody observed, for ranked lists."""
+
+    job: Literal["critic"] = "critic"
+    """Kind of job."""
+    data: PromptSettings
+    """Dataset and prompts, as those of the policy: the critic reads the same histories and candidates."""
+    lists: ListSettings
+    """Needs, candidates and feedback, as those of the policy."""
+    critic: CriticSettings = CriticSettings()
+    """The networks and their training."""
+
+    @model_validator(mode="after")
+    def _own_users(self) -> Self:
+        self.lists.loaded_needs()
+        if not self.lists.critic_users:
+            raise RequestError("lists.critic_users", 0.0, "a share above 0: the users that a critic is trained on")
+        return self
+
+
+Job = Annotated[SftJob | RlJob | RankerJob | CriticJob, Field(discriminator="job")]
+JOBS: dict[str, type[BaseJob]] = {"sft": SftJob, "rl": RlJob, "ranker": RankerJob, "critic": CriticJob}
 
 
 def neighbours(value: int, divisor: int) -> str:

@@ -19,7 +19,7 @@ from launch.config import load_job, recipe_header, recipe_names, recipe_path
 from tests.requirements import require
 from tests.small_world import read_steps, windlass, write_dataset
 from trainer.gate import GateKind
-from trainer.jobs import PolicyJobSettings, RankerJob, RlJob
+from trainer.jobs import CriticJob, PolicyJobSettings, RankerJob, RlJob
 
 STEPS = 3
 CLIPPING = ("dapo", "dr_grpo", "gspo")
@@ -42,6 +42,17 @@ SIZES = {
     "checkpoints.interval": STEPS,
     "cluster.object_store_mib": 128,
 }
+CRITIC = {
+    "data.codes": "default",
+    "data.history": 6,
+    "data.max_prompt_tokens": 64,
+    # The items of the small world have no genres to explore.
+    "lists.needs": "[{name: interest}, {name: trend}]",
+    "lists.held_out": "",
+    "lists.candidates": 12,
+    "lists.positives": 3,
+    "critic.epochs": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class World:
     def overrides(self, name: str) -> list[str]:
         """The recipe's sizes and places, replaced by small ones."""
         job = load_job(name)
+        if isinstance(job, CriticJob):
+            return arguments(CRITIC | {"data.dataset": self.dataset})
         changes: dict[str, Any] = {"data.dataset": self.dataset, "limits.max_steps": STEPS, "evaluation.rows": 16}
         if isinstance(job, RankerJob):
             changes |= {"data.history": 6, "evaluation.every": 0, "evaluation.k": "[1, 5, 10]"}
@@ -116,7 +129,7 @@ def test_every_recipe_trains(name: str, world: World) -> None:
         world.train(name)
     summary = json.loads((run_dir / "summary.json").read_text())
     job = load_job(name)
-    if isinstance(job, RankerJob):
+    if isinstance(job, RankerJob | CriticJob):
         assert summary["digest"]
         return
     assert summary["steps"] == STEPS

@@ -120,6 +120,12 @@ def test_a_critic_answers_with_variances_over_both_transports(ray_cluster: None,
             assert result.variances is not None
             for expected, got in zip(own, result.variances, strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-5)
+            each = client.score(histories, candidates, ["interest", "trend", "trend"])
+            exact = critic.predict([histories[0]] * 2, candidates[0], "interest")
+            assert each.variances is not None
+            np.testing.assert_allclose(each.scores[0], exact.mean_N, rtol=1e-5)
+            np.testing.assert_allclose(each.variances[0], exact.variance_N, rtol=1e-5)
+            np.testing.assert_allclose(each.variances[1], own[1], rtol=1e-5)
     finally:
         service.close()
 

@@ -17,8 +17,8 @@ import torch
 from data.errors import RequestError, RunError
 from reward.critic import padded_histories
 from reward.ranker import load_ranker
+from trainer.critic_settings import CriticSettings
 from trainer.critic_training import (
-    CriticSettings,
     ObservedGains,
     Part,
     TrainedCritic,
