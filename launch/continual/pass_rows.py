@@ -82,8 +82,10 @@ class PassRows:
         return report
 
     def _checks(self, one: Pass) -> FeedbackChecks:
-        names = {self._registry.version(number).name for number in self._registry.numbers()}
-        checks = self._updater.checks(self._registry.version(one.parent).path)
+        versions = [self._registry.version(number) for number in self._registry.numbers()]
+        parent = self._registry.version(one.parent).path
+        checks = self._updater.checks(parent, [version.path for version in versions])
+        names = {version.name for version in versions}
         return replace(checks, policies=frozenset(names | set(self._settings.policies)))
 
     def _before(self, one: Pass) -> Before:

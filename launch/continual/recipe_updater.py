@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import Field
 from data.catalogue import Catalogue
 from data.dataset import Dataset
 from data.errors import RequestError
+from data.faults import fault_point
 from data.feedback import FeedbackLog
 from data.feedback_reading import FeedbackChecks, read_feedback
 from data.settings import Settings
@@ -31,6 +33,7 @@ from trainer.checkpoints import latest_checkpoint, open_model
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.initial_model import CATALOGUE, check_model
 from trainer.jobs import RlJob, SftJob
+from trainer.model_growth import catalogue_digest, grow_model, has_grown
 from trainer.policy_jobs import feedback_checks
 from trainer.prompt_card import PromptCard
 
@@ -70,9 +73,11 @@ class RecipeUpdater:
         """The job, as the recipe and the command line gave it."""
         return {"job": to_mapping(self._job), "measure": self._measure.model_dump(mode="json")}
 
-    def checks(self, model: Path) -> FeedbackChecks:
-        """What rows must be for the model's catalogue."""
-        return feedback_checks(self._job, Catalogue.load(model / CATALOGUE))
+    def checks(self, model: Path, versions: Sequence[Path]) -> FeedbackChecks:
+        """What rows must be for the model's catalogue, of which those of all versions are states."""
+        checks = feedback_checks(self._job, Catalogue.load(model / CATALOGUE))
+        assert checks.catalogues is not None
+        return replace(checks, catalogues=checks.catalogues | set(map(catalogue_digest, versions)))
 
     def update(self, task: Update) -> Path:
         """Run the job in `task.work`; a run that was begun there goes on from its checkpoint."""
@@ -80,7 +85,12 @@ class RecipeUpdater:
 
         summary = task.work / SUMMARY
         if not summary.is_file() or read_json(summary)["interrupted"]:
-            content = to_mapping(self._job) | {"init": str(task.parent.resolve()), "feedback": str(task.feedback)}
+            further = {*self._job.feedback_catalogues, *map(catalogue_digest, task.versions)}
+            content = to_mapping(self._job) | {
+                "init": str(self._initial(task)),
+                "feedback": str(task.feedback),
+                "feedback_catalogues": sorted(further),
+            }
             job = job_from(content)
             with RunDirectory.open(task.work, job, command=["continual"]) as run:
                 result = train(job, run)
@@ -91,17 +101,30 @@ class RecipeUpdater:
         # Not the best on the validation split: whether the update is any good is the guard's to say.
         return open_model(newest)
 
+    def _initial(self, task: Update) -> Path:
+        """The parent, or where the dataset has new items or retired ones, the parent with them."""
+        catalogue = Catalogue.build(Dataset.open(self._job.data.dataset), self._job.data.codes)
+        parent = task.parent.resolve()
+        if not has_grown(parent, catalogue):
+            return parent
+        target = task.work.with_name("grown")
+        # The same from the same parent, so that a run that goes on finds what it began with.
+        return target if target.exists() else grow_model(parent, catalogue, target, seed=self._job.seed)
+
     def measure(
         self, candidate: Path, parent: Path, held_out: Path, wanted: Sequence[tuple[str, float]]
     ) -> Mapping[tuple[str, float], Evidence]:
         """Decode the contexts of positive exposures with both models; without any there is no evidence."""
         if not wanted:
             return {}
-        log = positive(read_feedback(held_out, self.checks(parent)))
+        # Whose catalogue the rows are of was checked when they were held out.
+        log = positive(read_feedback(held_out, replace(self.checks(parent, []), catalogues=None)))
         if not len(log):
             return {}
         with cluster(self._job.cluster):
-            ours, theirs = self._evaluate(candidate, log), self._evaluate(parent, log)
+            ours = self._evaluate(candidate, log)
+            fault_point("measure")
+            theirs = self._evaluate(parent, log)
         found = {(metric, level): self._evidence(metric, level, ours, theirs) for metric, level in wanted}
         return {asked: evidence for asked, evidence in found.items() if evidence is not None}
 

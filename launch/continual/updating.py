@@ -25,6 +25,8 @@ class Update:
     """Feedback log with the rows to train on, checked already; it does not change."""
     work: Path
     """A folder for the update alone. It stays until the model is in the registry, also over a crash."""
+    versions: Sequence[Path] = ()
+    """Folders of all models that may have served the rows."""
 
 
 class Updater(Protocol):
@@ -39,8 +41,13 @@ class Updater(Protocol):
         """
         ...
 
-    def checks(self, model: Path) -> FeedbackChecks:
-        """What the rows of the log must be for this model; the cycle adds the policies it knows."""
+    def checks(self, model: Path, versions: Sequence[Path]) -> FeedbackChecks:
+        """What the rows of the log must be for this model; the cycle adds the policies it knows.
+
+        Args:
+            model: folder of the served model.
+            versions: folders of all models that may have served; the catalogue may have grown from one to another.
+        """
         ...
 
     def update(self, task: Update) -> Path:

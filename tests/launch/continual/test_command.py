@@ -6,14 +6,19 @@ The engine is the reference one; the rules of the cycle are in test_cycle.py, dy
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from data.catalogue import Catalogue
+from data.code_vectors import codebooks_path, save_codebooks
+from data.codes import Codes, codes_path
+from data.growth import same_tokens
 from launch import cli
 from launch.continual.cycle import begin_registry
 from launch.continual.registry import Registry
@@ -65,11 +70,18 @@ class World:
         )
         write_recipe(folder / "sft.yaml", supervised | {"batch_rows": 8, "continual": {"guard": GUARD}})
 
-    def run(self, *arguments: str, name: str = "abpo") -> tuple[int, list[dict[str, Any]]]:
-        """One start of the service with a recipe; exit code and answer."""
+    def run(self, *arguments: str, name: str = "abpo", recipe: str = "") -> tuple[int, list[dict[str, Any]]]:
+        """One start of the service with a recipe and a registry of its own; exit code and answer."""
         registry = self.registry if name == "abpo" else self.folder / f"registry-{name}"
         done = windlass(
-            *("continual", str(self.folder / f"{name}.yaml"), "--log", str(self.log), "--registry", str(registry)),
+            *(
+                "continual",
+                str(self.folder / f"{recipe or name}.yaml"),
+                "--log",
+                str(self.log),
+                "--registry",
+                str(registry),
+            ),
             *("--once", "--json", "-", *arguments),
             cwd=self.folder,
             **UNCHECKED,
@@ -126,6 +138,28 @@ def test_alternatives_to_abpo_update_by_recipe(world: World, name: str) -> None:
     assert registry.version(2).digest != registry.version(1).digest
     assert registry.version(2).lineage["updater"]["job"]["job"] == ("sft" if name == "sft" else "rl")
     assert world.run(name=name) == (0, [])
+
+
+@pytest.mark.long
+def test_an_update_follows_a_catalogue_that_has_grown(world: World) -> None:
+    (world.folder / "new.csv").write_text("item_key,title\n" + "".join(f"new-{n},New {n}\n" for n in range(20)))
+    grown = world.folder / "grown"
+    codes = Codes.load(codes_path(world.dataset, "default"))
+    codes = dataclasses.replace(codes, provenance=codes.provenance | {"settings": {"source": "cooccurrence"}})
+    codes.save(codes_path(world.dataset, "default"))
+    books = [np.arange(2 * size, dtype=np.float32).reshape(size, 2) for size in codes.level_sizes]
+    save_codebooks(codebooks_path(world.dataset, "default"), codes, books)
+    places = ["--dataset", str(world.dataset), "--out", str(grown), "--items", str(world.folder / "new.csv")]
+    assert cli.run(["data", "extend", *places, "--retire", "item-03"]) == 0
+    code, (result,) = world.run("--data.dataset", str(grown), name="grown", recipe="abpo")
+    assert (code, result["decision"]) == (0, "promoted")
+    before, after = (
+        Catalogue.load(path / "catalogue") for path in (world.model, world.folder / "registry-grown/current")
+    )
+    assert same_tokens(before, after)
+    assert (after.n_items, after.vocabulary.size) == (before.n_items + 20, before.vocabulary.size + 20)
+    assert not after.active[before.item_keys.index("item-03")]
+    assert world.run("--data.dataset", str(grown), name="grown", recipe="abpo") == (0, [])
 
 
 @pytest.mark.parametrize(

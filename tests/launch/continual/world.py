@@ -100,7 +100,8 @@ class StubUpdater:
     def lacks(self, rows: int, responses: int) -> str:
         return "" if rows >= 20 else f"{rows} rows of 20"
 
-    def checks(self, model: Path) -> FeedbackChecks:
+    def checks(self, model: Path, versions: Sequence[Path]) -> FeedbackChecks:
+        assert model in versions
         assert (model / WEIGHTS).is_file()
         return CHECKS
 
