@@ -5,19 +5,42 @@ Both are functions of (seed, epoch, position) and nothing else, so a resumed run
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping, Sized
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from data.catalogue import Catalogue
-from data.dataset import Samples, Sequences
+from data.dataset import Sequences
 from data.errors import RequestError
-from data.prompts import PromptBatch, PromptBuilder
-from data.records import BoolArray, IntArray, LongArray
+from data.records import BoolArray, IntArray, LongArray, Prompt
 
 _PROMPT_STREAM: Final = 1
 _WINDOW_STREAM: Final = 2
 CursorState = dict[str, int | str]
+
+
+class DrawnPrompts(Protocol):
+    """What a builder makes of rows."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """In the order of the rows."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What was not taken as it is, by reason."""
+        ...
+
+
+class PromptSource(Protocol):
+    """What makes prompts of rows: `data.prompts.PromptBuilder`, or something that has them already."""
+
+    def build(self, samples: Any, rows: npt.NDArray[np.integer]) -> DrawnPrompts:
+        """Prompts of the given rows of the feed's samples."""
+        ...
 
 
 class Feed:
@@ -29,8 +52,8 @@ class Feed:
 
     def __init__(
         self,
-        samples: Samples,
-        builder: PromptBuilder,
+        samples: Sized,
+        builder: PromptSource,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
@@ -59,7 +82,7 @@ class Feed:
         """Whole batches of an epoch."""
         return len(self.samples) // self.batch_size
 
-    def next(self) -> PromptBatch:
+    def next(self) -> DrawnPrompts:
         """The next batch; moves the cursor."""
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0

@@ -42,9 +42,9 @@ class NeedSettings(Settings):
     that is held out from training be said in words that training has."""
     gain: str = ""
     """`package.module:function` of (rows, facts) that returns one gain per row; empty for the built-in gain of that
-    name (interest, explore, trend, niche)."""
+    name (interest, explore, trend, niche, discover)."""
     window_hours: float = Field(168.0, gt=0)
-    """Hours before the prompt in which `trend` counts an item's events."""
+    """Hours before the prompt in which `trend` and `discover` count an item's events."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +111,11 @@ def trend(rows: GainRows, facts: ItemFacts) -> GainArray:
     return gain_N
 
 
+def discover(rows: GainRows, facts: ItemFacts) -> GainArray:
+    """The gain of `trend` where that of `explore` is not 0: what is trending among labels that are new to the user."""
+    return np.where(explore(rows, facts) > 0, trend(rows, facts), 0.0)
+
+
 def niche(rows: GainRows, facts: ItemFacts) -> GainArray:
     """The rating divided by one more than the item's events before the prompt."""
     gain_N: GainArray = rows.rating_N / (1.0 + facts.activity.before(rows.item_N, rows.time_N))
@@ -118,7 +123,7 @@ def niche(rows: GainRows, facts: ItemFacts) -> GainArray:
 
 
 BUILT_IN: Final[dict[str, GainFunction]] = {
-    function.__name__: function for function in (interest, explore, trend, niche)
+    function.__name__: function for function in (interest, explore, trend, niche, discover)
 }
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from data.errors import RequestError
 from data.settings import Settings
+from reward.swap_evaluation import SwapSampling
 
 
 class Transport(StrEnum):
@@ -60,6 +61,13 @@ class RewardSettings(Settings):
     """raw, sigmoid, or percentile (within the group)."""
     invalid_score: InvalidScore = InvalidScore.LOWEST
     """Ranker score of a completion that is no item: lowest of the group, or below_lowest by one deviation."""
+    list_ranker: str | None = None
+    """`package.module:Class` of a list-wise ranker (score_list) whose swaps credit lists, in the driver; none takes the
+    closed form from the gains."""
+    list_ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Keyword arguments of that class."""
+    swaps: SwapSampling = SwapSampling()
+    """Which swaps a list-wise ranker is asked for."""
     transport: Transport = Transport.HANDLE
     """How the loop calls the service: handle or http."""
     url: str | None = Field(None, pattern=r"^https?://")
@@ -101,10 +109,6 @@ class RewardSettings(Settings):
             )
         if self.url is not None and self.ranker is not None:
             raise RequestError("reward.url", self.url, "none with reward.ranker set: the service there has its own")
-        if self.item_match == self.rank_penalty == self.ranker_score == self.feedback == 0:
-            raise RequestError(
-                "reward.item_match", 0, "a weight other than 0 for item_match, rank_penalty, ranker_score or feedback"
-            )
         return self
 
     def part_weights(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from data.records import NO_ITEM, BoolArray, FloatArray, IntArray, Kind, Prompt,
 from trainer.anchor import AnchorMode
 from trainer.gate import GateKind, RankerScores, policy_scores
 from trainer.learner import ScoreOutputs
+from trainer.list_signals import ListSignals
 from trainer.members import KIND_CODE, Members
 from trainer.objective_settings import ObjectiveSettings
 from trainer.signals import Signals
@@ -127,12 +128,14 @@ def batch_signals(
     ranker: RankerScores | None = None,
     feedback: FeedbackRows | None = None,
     negative_PN: IntArray | None = None,
+    lists: ListSignals | None = None,
 ) -> Signals:
     """Signals in the order of the members, with zeros where the learner or the ranker was not asked.
 
     Args:
         paths: `RewardScorer.paths`. A completion is a path, so it is the ground truth, or the exposed item, when it
             shares its path; the reward says the same.
+        lists: credit of ranked lists, which have no ground truth to hit.
     """
     prompts_count, slots, _ = members.segment_PGT.shape
     shape = (prompts_count, slots, members.segment_PGT.shape[2])
@@ -143,7 +146,8 @@ def batch_signals(
     logp_PGT = torch.from_numpy(widened(scores.logp_PGT, shape))
     truth_PG = members.of_kind(Kind.GROUND_TRUTH)
     signals = Signals(
-        hit_PG=torch.from_numpy((path_PG == target_P1) & (target_P1 != NO_ITEM)),
+        hit_PG=torch.from_numpy((path_PG == target_P1) & (target_P1 != NO_ITEM)) if lists is None else None,
+        lists=lists,
         logp_PGT=logp_PGT,
         engine_logp_PGT=torch.from_numpy(widened(groups.logp_PGT, shape)),
         certainty_PGT=torch.from_numpy(widened(scores.certainty_PGT, shape)),

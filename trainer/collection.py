@@ -27,6 +27,8 @@ from trainer.ground_truth import with_ground_truth
 from trainer.group_dump import read_step, step_path, steps_in, write_step
 from trainer.group_settings import Refill
 from trainer.jobs import RlJob
+from trainer.list_scoring import ListScorer
+from trainer.list_signals import ListSignals
 from trainer.phases import PhaseTimer
 from trainer.refill import Collected, refilled
 
@@ -51,6 +53,8 @@ class Batch(NamedTuple):
     metrics: Metrics
     epoch: float
     """Passes over the training rows when it was collected."""
+    lists: ListSignals | None = None
+    """Credit of the groups' lists; None for single items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Collector:
     catalogue: Catalogue
     rewarding: AbstractContextManager[object]
     """Held while rewards are asked for: the loop's other part asks the same scorer."""
+    lists: ListScorer | None = None
+    """Scores groups of lists; None for single items."""
 
     def collect(self, step: int, timer: PhaseTimer) -> Batch:
         """The batch of a step, with the weights that the fleet holds now."""
@@ -79,7 +85,7 @@ class Collector:
         epoch = self.feed.epoch + self.feed.batch / self.feed.batches_per_epoch
         metrics |= {"epoch": epoch, "prompts": float(len(drawn.prompts))}
         metrics |= {f"prompts/{why}": float(n) for why, n in counts.items()}
-        return Batch(batch.prompts, batch.scored, failure_N, metrics, epoch)
+        return Batch(batch.prompts, batch.scored, failure_N, metrics, epoch, batch.lists)
 
     def _rolled_out(self, prompts: Sequence[Prompt], step: int, timer: PhaseTimer) -> tuple[Collected, Metrics]:
         """Scored groups of the prompts, with their ground truths where the recipe wants them."""
@@ -89,6 +95,9 @@ class Collector:
             fault_point("reward")
             groups, told = with_ground_truth(prompts, groups, self.catalogue, self.job.group.ground_truth)
             with self.rewarding:
+                if self.lists is not None:
+                    scored_lists = self.lists.score(prompts, groups)
+                    return Collected(prompts, scored_lists.scored, scored_lists.signals), scored_lists.metrics
                 scored, metrics = self.rewards.score(prompts, groups)
         return Collected(prompts, scored), metrics | told
 
@@ -105,7 +114,12 @@ def decode_spec(job: RlJob, step: int) -> DecodeSpec:
     """How the groups of a step are decoded."""
     rollout = job.rollout
     return DecodeSpec(
-        decode=rollout.decode, width=rollout.width, temperature=rollout.temperature, seed=job.seed, step=step
+        decode=rollout.decode,
+        width=rollout.width,
+        temperature=rollout.temperature,
+        seed=job.seed,
+        step=step,
+        lists=job.lists.spec if job.lists.on else None,
     )
 
 

@@ -22,6 +22,7 @@ from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
 from trainer.critic_settings import CriticSettings
 from trainer.group_settings import GroupSettings
+from trainer.list_checks import check_list_evaluation, check_list_objective
 from trainer.list_settings import ListSettings
 from trainer.objective_checks import check_objective
 from trainer.objective_settings import ObjectiveSettings
@@ -82,6 +83,8 @@ class PolicyJobSettings(JobSettings):
 
     data: PromptSettings
     """Dataset and prompts."""
+    lists: ListSettings = ListSettings()
+    """Ranked lists for needs; with no needs (the default) the job recommends single items."""
     init: str = Field("tiny", min_length=1)
     """Where the weights come from: a preset (mini, tiny, small: random weights), or an hf, checkpoint or run folder."""
     init_embeddings: InitEmbeddings = InitEmbeddings.AUTO
@@ -116,6 +119,8 @@ class PolicyJobSettings(JobSettings):
         longest = self.rollout.max_model_len
         if longest is not None and longest <= prompt:
             raise RequestError("rollout.max_model_len", longest, f"more than data.max_prompt_tokens, {prompt}, or null")
+        if self.lists.on:
+            check_list_evaluation(self.lists, self.evaluation, logged=self.feedback is not None)
         return self
 
 
@@ -169,7 +174,10 @@ class RlJob(PolicyJobSettings):
             batch_prompts=self.batch_prompts,
             feedback=self.feedback,
             dumps=self.rollout_only is not None or self.train_only is not None,
+            lists=self.lists.on,
         )
+        if self.lists.on:
+            self._check_lists()
         if self.max_staleness:
             self._check_staleness()
         if self.feedback is not None and (self.train_only is not None or self.rollout_only is not None):
@@ -181,6 +189,10 @@ class RlJob(PolicyJobSettings):
                 f"{self.learner.dtype.value} like learner.dtype, or policy_gap.limit set for the mixed pair",
             )
         return self
+
+    def _check_lists(self) -> None:
+        dumps = self.rollout_only is not None or self.train_only is not None
+        check_list_objective(self, dumps=dumps)
 
     def _check_staleness(self) -> None:
         if self.rollout_only is not None or self.train_only is not None:
@@ -252,6 +264,14 @@ def check_divides(where: str, value: int, divisor_name: str, divisor: int) -> No
         raise RequestError(where, value, f"{neighbours(value, divisor)} (a multiple of {divisor_name}, {divisor})")
 
 
+def completion_tokens(job: SftJob | RlJob, depth: int) -> int:
+    """Tokens of the longest completion: an item's path, or a list with the free text before it."""
+    if not job.lists.on:
+        return depth
+    text = job.lists.text_tokens + 1 if job.lists.text_tokens else 0
+    return text + job.lists.spec.width * depth
+
+
 def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
     """Checks that need the catalogue: `n_items` items whose paths have at most `depth` tokens.
 
@@ -261,8 +281,9 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
     prompt = job.data.max_prompt_tokens
     if max(job.evaluation.k) > n_items:
         raise RequestError("evaluation.k", list(job.evaluation.k), f"at most {n_items}, the items of the catalogue")
-    longest = prompt + depth
-    words = f"(data.max_prompt_tokens {prompt} + item path {depth})"
+    completion = completion_tokens(job, depth)
+    longest = prompt + completion
+    words = f"(data.max_prompt_tokens {prompt} + {'list' if job.lists.on else 'item path'} {completion})"
     if prompt < 1 + depth:
         raise RequestError("data.max_prompt_tokens", prompt, f"at least {1 + depth} (<bos> and one item of {depth})")
     limit = job.rollout.max_model_len
@@ -270,7 +291,7 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
         raise RequestError("rollout.max_model_len", limit, f"at least {longest} {words}, or null")
     if job.learner.row_tokens < longest:
         raise RequestError("learner.row_tokens", job.learner.row_tokens, f"at least {_next_row(longest)} {words}")
-    if isinstance(job, RlJob) and job.rollout.width > n_items:
+    if isinstance(job, RlJob) and not job.lists.on and job.rollout.width > n_items:
         raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
 
 

@@ -106,6 +106,7 @@ class LearnerGroup:
         total_steps: int,
         *,
         reference_dir: Path | None = None,
+        constraint: Constraint[Any] | None = None,
     ) -> LearnerGroup:
         """Start the ranks as Ray actors; Ray is initialised.
 
@@ -116,6 +117,7 @@ class LearnerGroup:
             seed: of what the learner draws: the dropout of supervised steps.
             total_steps: optimiser steps of the whole job, for the schedule.
             reference_dir: Hugging Face folder of a frozen reference policy; None loads none.
+            constraint: what legal sets are replayed from; by default single items with exclusions.
 
         Raises:
             RequestError: the model cannot be used.
@@ -140,7 +142,7 @@ class LearnerGroup:
             {
                 "settings": settings,
                 "hf_dir": Path(hf_dir),
-                "constraint": TrieConstraint(catalogue.trie(), exclude=True),
+                "constraint": constraint or TrieConstraint(catalogue.trie(), exclude=True),
                 "seed": seed,
                 "total_steps": total_steps,
                 "reference_dir": reference_dir,

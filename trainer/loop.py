@@ -50,8 +50,10 @@ from trainer.batch_signals import (
 from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
-from trainer.jobs import RlJob
+from trainer.jobs import RlJob, completion_tokens
 from trainer.learner_group import LearnerGroup, ScoreOutputs
+from trainer.list_scoring import ListScorer
+from trainer.list_signals import ListSignals
 from trainer.lookahead import Lookahead
 from trainer.losses import UpdateInputs
 from trainer.members import batch_members
@@ -82,6 +84,8 @@ class RlLoop(TrainingLoop):
     catalogue: Catalogue
     feedback: Anchors | None = None
     """The log that the prompts come from, by prompt id; None where they come from a dataset."""
+    lists: ListScorer | None = None
+    """Scores groups of ranked lists; None for single items."""
 
     pushes_every_step = True
     checks_gap = True
@@ -100,6 +104,7 @@ class RlLoop(TrainingLoop):
             rewards=self.rewards,
             catalogue=self.catalogue,
             rewarding=self._rewarding,
+            lists=self.lists,
         )
 
     @cached_property
@@ -149,7 +154,7 @@ class RlLoop(TrainingLoop):
             metrics |= self._check_staleness(step, groups) | self._check_gap(step, groups, asked, scores)
         with self.timer.phase("objective"):
             inputs, objective_metrics, log_mean = self._objective(
-                prompts, scored, whole, scores, ranker, feedback, negative_PN
+                prompts, scored, whole, scores, ranker, feedback, negative_PN, batch.lists
             )
         with self.timer.phase("update"):
             metrics |= self._update(whole.completions, inputs)
@@ -276,6 +281,7 @@ class RlLoop(TrainingLoop):
         ranker: RankerScores | None,
         feedback: FeedbackRows | None,
         negative_PN: IntArray | None,
+        lists: ListSignals | None,
     ) -> tuple[UpdateInputs, Metrics, float | None]:
         """Stages on the whole batch; also the state of the anchor stage for the next one."""
         settings = self.job.objective
@@ -296,12 +302,13 @@ class RlLoop(TrainingLoop):
             ranker=ranker,
             feedback=feedback,
             negative_PN=negative_PN,
+            lists=lists,
         )
         coefficients, metrics = objective_coefficients(
             members,
             reward_PG,
             settings,
-            self.catalogue.trie().depth,
+            completion_tokens(self.job, self.catalogue.trie().depth),
             signals=signals,
             seed=self.job.seed,
             step=self.state.step + 1,
@@ -321,6 +328,7 @@ class RlLoop(TrainingLoop):
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             temperature=self.job.rollout.temperature,
+            segment_PGT=members.segment_PGT.numpy().astype(np.int32),
             entropy_weight_PGT=None if entropy_PGT is None else entropy_PGT.float().numpy(),
             detached_PGT=None if detached_PGT is None else detached_PGT.numpy(),
         )

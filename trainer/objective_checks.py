@@ -31,11 +31,13 @@ def check_objective(
     batch_prompts: int,
     feedback: Path | None,
     dumps: bool = False,
+    lists: bool = False,
 ) -> None:
     """Refuse an objective that its job cannot feed.
 
     Args:
         dumps: the groups go to a dump or come from one.
+        lists: the completions are ranked lists (`trainer.list_checks` has their own checks).
 
     Raises:
         RequestError: names the field to change and the reason.
@@ -46,7 +48,10 @@ def check_objective(
             rollout.decode.value,
             "beam or sample for rl: its draws need weights of their own, and the objective weighs all members alike",
         )
-    _check_credit(objective, rollout, reward)
+    if not any(reward.part_weights().values()) and not reward.feedback and not lists:
+        legal = "a weight other than 0 for item_match, rank_penalty, ranker_score or feedback"
+        raise RequestError("reward.item_match", 0, legal)
+    _check_credit(objective, rollout, reward, lists=lists)
     _check_window(objective, rollout)
     _check_negatives(objective, reward)
     _check_group(objective, group, dumps)
@@ -66,14 +71,15 @@ def check_objective(
         load_stage(path)
 
 
-def _check_credit(objective: ObjectiveSettings, rollout: RolloutSettings, reward: RewardSettings) -> None:
-    """Credit needs lists, gains that are at least 0, and where it is scaled their variances."""
+def _check_credit(
+    objective: ObjectiveSettings, rollout: RolloutSettings, reward: RewardSettings, *, lists: bool
+) -> None:
+    """Credit of a beam needs gains that are at least 0; that of lists has its checks in `trainer.list_checks`."""
     credit = objective.credit
-    if credit.of_lists:
-        raise RequestError(
-            "objective.credit.kind", credit.kind.value, "none or beam_as_list: the prompts of this job ask for one item"
-        )
-    if credit.kind is CreditKind.NONE:
+    if credit.of_lists and not lists:
+        legal = "none or beam_as_list without lists.needs: the prompts of this job ask for one item"
+        raise RequestError("objective.credit.kind", credit.kind.value, legal)
+    if credit.kind is CreditKind.NONE or lists:
         return
     if credit.uncertainty.variance is not VarianceKind.OFF:
         where, reason = "objective.credit.uncertainty.variance", "no reward of this job comes with a variance"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from data.catalogue import Catalogue
 from data.code_vectors import codebooks_path, load_codebooks
 from data.codes import load_codes
+from data.constraint import Constraint
 from data.dataset import Dataset
 from data.prompts import PromptBuilder
 from data.records import FloatArray
+from data.trie_constraint import TrieConstraint
 from reward.exposure import Exposures
+from rollout.list_decoding import list_constraint
 from trainer.checkpoint_evaluation import exposure_log
 from trainer.checkpoints import Facts
 from trainer.evaluation import Evaluator
 from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob, check_catalogue
+from trainer.list_data import ListData, list_catalogue
+from trainer.list_evaluation import ListEvaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,8 @@ class PolicyData:
     dataset: Dataset
     catalogue: Catalogue
     builder: PromptBuilder
+    lists: ListData | None = None
+    """Ranking prompts; None where the job recommends single items."""
     exposures: Exposures | None = None
     """What exposure bias is measured against."""
 
@@ -35,12 +43,20 @@ class PolicyData:
             RequestError: the dataset, the codes or `evaluation.feedback` are absent or damaged, or do not fit the job.
         """
         dataset = Dataset.open(job.data.dataset)
-        catalogue = Catalogue.build(dataset, job.data.codes)
+        catalogue = list_catalogue(Catalogue.build(dataset, job.data.codes), job.lists)
         check_catalogue(job, n_items=catalogue.n_items, depth=catalogue.trie().depth)
         builder = PromptBuilder(catalogue, job.data.history, job.data.exclude_seen, job.data.max_prompt_tokens)
         folder = job.evaluation.feedback
         exposures = None if folder is None else Exposures.of(exposure_log(folder, catalogue.n_items))
-        return cls(dataset=dataset, catalogue=catalogue, builder=builder, exposures=exposures)
+        lists = ListData.open(dataset, catalogue, job.lists, job.data) if job.lists.on else None
+        return cls(dataset=dataset, catalogue=catalogue, builder=builder, lists=lists, exposures=exposures)
+
+    def constraint(self) -> Constraint[Any]:
+        """What the legal sets of the job's completions are replayed from."""
+        trie = self.catalogue.trie()
+        if self.lists is None:
+            return TrieConstraint(trie, exclude=True)
+        return list_constraint(trie, self.lists.settings.spec, self.catalogue, self.catalogue.vocabulary.size)
 
     @property
     def facts(self) -> Facts:
@@ -60,10 +76,23 @@ class PolicyData:
             return None
         return load_codebooks(path, load_codes(self.dataset.path, job.data.codes, self.dataset.n_items))
 
-    def evaluator(self, job: SftJob | RlJob, split: str = "valid") -> Evaluator:
-        """The evaluator of the job's section `evaluation`: of the validation rows, or of the test rows at the end."""
+    def evaluator(self, job: SftJob | RlJob, split: str = "valid") -> Evaluator | ListEvaluator:
+        """The evaluator of the job's section `evaluation`: of the validation rows, or of the test rows at the end.
+
+        Lists are measured for the needs that are trained, at the end for all.
+        """
         settings = job.evaluation
         final = split == "test"
+        if self.lists is not None:
+            return ListEvaluator(
+                self.lists,
+                split=split,
+                rows=settings.test_rows if final else settings.rows,
+                ks=settings.k,
+                batch=settings.batch,
+                seed=job.seed,
+                needs=[need.name for need in job.lists.needs] if final else None,
+            )
         return Evaluator(
             self.dataset,
             self.catalogue,

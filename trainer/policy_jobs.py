@@ -27,42 +27,32 @@ from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
+from trainer.list_jobs import ListRows, ideal_rows, list_scorer, prompt_rows
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
 from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
 from trainer.replay_loop import ReplayLoop
 from trainer.rollout_only import dump_rollouts
 from trainer.run_log import METRICS, read_metrics
-from trainer.sft import SftLoop, WindowFeed
+from trainer.sft import RowFeed, SftLoop, WindowFeed
 
-SFT_HEADLINE = ("loss", "lr", "ndcg@10")
-RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean", "ndcg@10")
+RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean")
+LIST_HEADLINE = ("credit/ndcg", "loss", "policy_gap/mean")
 
 
 def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
     """Train on whole sequences or on the responses of a log; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
-    logged, fingerprint = None, data.dataset.fingerprint
-    if job.feedback is None:
-        sequences = data.dataset.sequences("train")
-    else:
-        logged = logged_rows(job, data)
-        sequences, fingerprint = response_sequences(logged), f"{fingerprint}+{logged.anchors.digest}"
-    longest = int((sequences.end_S - sequences.start_S).max(initial=0))
-    check_windows(job, longest_sequence=longest, depth=data.catalogue.trie().depth)
-    feed = WindowFeed(
-        sequences=sequences,
-        catalogue=data.catalogue,
-        history=job.data.history,
-        batch_rows=job.batch_rows,
-        seed=job.seed,
-        fingerprint=fingerprint,
-    )
+    logged = None if job.feedback is None else logged_rows(job, data)
+    rows = None if data.lists is None else ideal_rows(job, data)
+    feed: RowFeed = windows(job, data, logged) if rows is None else rows.feed
     total = total_steps(job, feed.batches_per_epoch)
-    with policy_run(job, data, run_dir, interruption, total_steps=total, headline=SFT_HEADLINE) as run:
-        if logged is not None:
-            run.run_log.say(logged.told)
+    headline = ("loss", "lr", job.evaluation.metric)
+    with policy_run(job, data, run_dir, interruption, total_steps=total, headline=headline) as run:
+        for source in (logged, rows):
+            if source is not None:
+                run.run_log.say(source.told)
         _restore_cursor(run, feed)
         loop = SftLoop(
             settings=job,
@@ -76,22 +66,35 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
         reason = loop.run()
         test = test_best(run, interrupted=reason == "interrupted")
         result = summary(run, loop, reason, time.monotonic() - begun) | test
-        return result if logged is None else result | {"feedback": logged.record()}
+        return result | sources_told(logged, rows)
+
+
+def windows(job: SftJob, data: PolicyData, logged: LoggedRows | None) -> WindowFeed:
+    """Windows of whole sequences: of the training split, or of the responses of a log."""
+    fingerprint = data.dataset.fingerprint
+    if logged is None:
+        sequences = data.dataset.sequences("train")
+    else:
+        sequences, fingerprint = response_sequences(logged), f"{fingerprint}+{logged.anchors.digest}"
+    longest = int((sequences.end_S - sequences.start_S).max(initial=0))
+    check_windows(job, longest_sequence=longest, depth=data.catalogue.trie().depth)
+    return WindowFeed(
+        sequences=sequences,
+        catalogue=data.catalogue,
+        history=job.data.history,
+        batch_rows=job.batch_rows,
+        seed=job.seed,
+        fingerprint=fingerprint,
+    )
 
 
 def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
     """Train on rollouts, or only dump them, or train from a dump; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
-    samples = data.dataset.samples("train")
-    logged, fingerprint = None, data.dataset.fingerprint
-    if job.feedback is not None:
-        logged = logged_rows(job, data)
-        samples, fingerprint = logged.samples, f"{fingerprint}+{logged.anchors.digest}"
-    if job.data.latest_rows is not None:
-        samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
-    check_batch(job, len(samples))
-    feed = Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=fingerprint)
+    logged = None if job.feedback is None else logged_rows(job, data)
+    rows = None if data.lists is None else prompt_rows(job, data)
+    feed = item_feed(job, data, logged) if rows is None else rows.feed
     if job.rollout_only is not None:
         with reward_scorer(job, data.catalogue) as (rewards, _):
             steps = planned_steps(job, feed.batches_per_epoch)
@@ -107,13 +110,14 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
                 interruption,
                 total_steps=total if job.train_only is None else min(total, batches),
                 updates_per_step=job.objective.updates * job.objective.minibatches,
-                headline=RL_HEADLINE,
+                headline=(*(RL_HEADLINE if rows is None else LIST_HEADLINE), job.evaluation.metric),
                 with_fleet=job.train_only is None,
             )
         )
         rewards, service = stack.enter_context(reward_scorer(job, data.catalogue))
-        if logged is not None:
-            run.run_log.say(logged.told)
+        for source in (logged, rows):
+            if source is not None:
+                run.run_log.say(source.told)
         _restore_cursor(run, feed)
         tracker = FailureTracker(job.reward)
         if run.state.failures:
@@ -129,6 +133,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "tracker": tracker,
             "catalogue": data.catalogue,
             "feedback": None if logged is None else logged.anchors,
+            "lists": None if rows is None else list_scorer(job, rewards),
         }
         if job.train_only is not None:
             loop: RlLoop = ReplayLoop(
@@ -145,7 +150,28 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "backend": "ray-serve" if service is not None else "rules",
             "requests": 0 if rewards.client is None else rewards.client.requests,
         }
-        return result if logged is None else result | {"feedback": logged.record()}
+        return result | sources_told(logged, rows)
+
+
+def item_feed(job: RlJob, data: PolicyData, logged: LoggedRows | None) -> Feed:
+    """Prompts of the training split, or of the rows of a log.
+
+    Raises:
+        RequestError: fewer rows than a batch.
+    """
+    samples, fingerprint = data.dataset.samples("train"), data.dataset.fingerprint
+    if logged is not None:
+        samples, fingerprint = logged.samples, f"{fingerprint}+{logged.anchors.digest}"
+    if job.data.latest_rows is not None:
+        samples = samples.take(np.arange(max(0, len(samples) - job.data.latest_rows), len(samples)))
+    check_batch(job, len(samples))
+    return Feed(samples, data.builder, job.batch_prompts, job.seed, fingerprint=fingerprint)
+
+
+def sources_told(logged: LoggedRows | None, rows: ListRows | None) -> dict[str, Any]:
+    """What a summary says of a log and of the prompts of lists; nothing without them."""
+    told = {} if logged is None else {"feedback": logged.record()}
+    return told if rows is None else told | {"prompts": rows.record()}
 
 
 class LoggedRows(NamedTuple):
@@ -248,7 +274,7 @@ def planned_steps(job: PolicyJobSettings, batches_per_epoch: int) -> int:
     return min(known) if known else batches_per_epoch
 
 
-def _restore_cursor(run: PolicyRun, feed: Feed | WindowFeed) -> None:
+def _restore_cursor(run: PolicyRun, feed: Feed | RowFeed) -> None:
     if run.state.cursor:
         message = feed.load_state_dict(run.state.cursor)
         if message is not None:

@@ -29,6 +29,7 @@ from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
+from trainer.list_evaluation import ListEvaluation, ListEvaluator
 from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import write_row_metrics
@@ -56,7 +57,7 @@ class PolicyRun:
     learners: LearnerGroup
     fleet: RolloutFleet | None
     channel: WeightChannel | None
-    evaluator: Evaluator
+    evaluator: Evaluator | ListEvaluator
     run_log: RunLog
     interruption: Interruption
     state: RunState
@@ -86,7 +87,7 @@ class PolicyRun:
         self.versions.append(version)
         return push_metrics(report)
 
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self, step: int) -> Evaluation | ListEvaluation | None:
         """See `trainer.training_loop.Host`; none without a fleet."""
         if self.fleet is None:
             return None
@@ -94,7 +95,7 @@ class PolicyRun:
         self._scored = step, evaluation.items.values[self.job.evaluation.metric]
         name = f"step-{step:06d}"
         write_rows(self.run_dir, name, evaluation, self.data, split="valid")
-        if evaluation.scored is not None:
+        if isinstance(evaluation, Evaluation) and evaluation.scored is not None:
             recall = {k: evaluation.items.values[at(RankingMetric.RECALL, k)] for k in self.job.evaluation.k}
             source = self.job.evaluation.scores.source
             write_row_scores(self.run_dir, name, evaluation.scored.scores, recall, source=source)
@@ -107,7 +108,7 @@ class PolicyRun:
         with self.store.writing(state.step, self.data.facts, metric=metric, score=score) as folder:
             self.learners.save(folder / STATE)
             self.learners.export_hf(folder / HF)
-            PromptCard.of(self.job.data).write(folder / HF)
+            PromptCard.of(self.job.data, self.job.lists).write(folder / HF)
             state.save(folder)
             keep(folder)
 
@@ -135,7 +136,9 @@ def push_metrics(report: PushReport) -> Metrics:
     }
 
 
-def write_rows(run_dir: Path, name: str, evaluation: Evaluation, data: PolicyData, *, split: str) -> None:
+def write_rows(
+    run_dir: Path, name: str, evaluation: Evaluation | ListEvaluation, data: PolicyData, *, split: str
+) -> None:
     """Keep the values per row of an evaluation, for paired comparisons."""
     write_row_metrics(run_dir, evaluation.row_metrics(name, split=split, dataset=data.dataset.fingerprint))
 
@@ -268,7 +271,13 @@ def start_parts(
         starting = pool.submit(RolloutFleet.start, job.rollout, hf_dir, data.catalogue) if with_fleet else None
         try:
             learners = LearnerGroup.start(
-                job.learner, hf_dir, data.catalogue, job.seed, total_steps, reference_dir=reference
+                job.learner,
+                hf_dir,
+                data.catalogue,
+                job.seed,
+                total_steps,
+                reference_dir=reference,
+                constraint=data.constraint(),
             )
             stack.callback(learners.close)
         finally:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.records import BoolArray, Prompt, ScoredGroups
+from trainer.list_signals import ListSignals
 
 
 class Collected(NamedTuple):
@@ -21,6 +22,8 @@ class Collected(NamedTuple):
 
     prompts: Sequence[Prompt]
     scored: ScoredGroups
+    lists: ListSignals | None = None
+    """Credit of the groups' lists; None for single items, which alone are refilled."""
 
 
 class Refilled(NamedTuple):

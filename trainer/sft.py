@@ -1,4 +1,4 @@
-"""Supervised training on whole sequences with the full-vocabulary NLL.
+"""Supervised training with the full-vocabulary NLL: on whole sequences, or on ideal lists (`trainer.list_sft`).
 
 Every event of a user's sequence is the target of one window per epoch (`data.feed.sequence_windows`); a step takes
 `batch_rows` windows and normalises by all their target tokens.
@@ -6,6 +6,7 @@ Every event of a user's sequence is the target of one window per epoch (`data.fe
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 
@@ -18,48 +19,41 @@ from trainer.jobs import SftJob
 from trainer.learner_group import LearnerGroup
 from trainer.training_loop import Metrics, TrainingLoop
 
-Windows = list[tuple[IntArray, BoolArray]]
+Rows = list[tuple[IntArray, BoolArray]]
 
 
 @dataclasses.dataclass
-class WindowFeed:
-    """Batches of sequence windows; its state is an epoch and a batch."""
+class RowFeed(abc.ABC):
+    """Batches of the rows of an epoch; its state is an epoch and a batch."""
 
-    sequences: Sequences
-    catalogue: Catalogue
-    history: int
     batch_rows: int
     seed: int
     fingerprint: str
-    epoch: int = 0
-    batch: int = 0
-    _windows: Windows | None = None
+    epoch: int = dataclasses.field(default=0, init=False)
+    batch: int = dataclasses.field(default=0, init=False)
+    _rows: Rows | None = dataclasses.field(default=None, init=False)
 
-    def next(self) -> Windows:
+    @abc.abstractmethod
+    def rows_of(self, epoch: int) -> Rows:
+        """(tokens, marks of the tokens to learn) of an epoch, in its order: a function of the seed and the epoch."""
+
+    def next(self) -> Rows:
         """The next batch; the last one of an epoch may be smaller."""
-        if self._windows is None:
-            self._windows = self._of_epoch()
+        if self._rows is None:
+            self._rows = self.rows_of(self.epoch)
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-            self._windows = self._of_epoch()
+            self._rows = self.rows_of(self.epoch)
         start = self.batch * self.batch_rows
         self.batch += 1
-        return self._windows[start : start + self.batch_rows]
+        return self._rows[start : start + self.batch_rows]
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of the present epoch."""
-        if self._windows is None:
-            self._windows = self._of_epoch()
-        return -(-len(self._windows) // self.batch_rows)
-
-    def _of_epoch(self) -> Windows:
-        windows = sequence_windows(self.sequences, self.catalogue, self.history, self.seed, self.epoch)
-        if not windows:
-            raise RequestError(
-                "data.dataset", "no sequence of two events to train on", "a dataset with longer histories"
-            )
-        return windows
+        if self._rows is None:
+            self._rows = self.rows_of(self.epoch)
+        return -(-len(self._rows) // self.batch_rows)
 
     def state_dict(self) -> dict[str, int | str]:
         """The cursor, for a checkpoint."""
@@ -83,8 +77,26 @@ class WindowFeed:
             self.epoch = self.batch = 0
             return f"the data cursor starts anew: {', '.join(differing)}"
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
-        self._windows = None
+        self._rows = None
         return None
+
+
+@dataclasses.dataclass
+class WindowFeed(RowFeed):
+    """Batches of sequence windows."""
+
+    sequences: Sequences
+    catalogue: Catalogue
+    history: int
+
+    def rows_of(self, epoch: int) -> Rows:
+        """See `RowFeed`."""
+        windows = sequence_windows(self.sequences, self.catalogue, self.history, self.seed, epoch)
+        if not windows:
+            raise RequestError(
+                "data.dataset", "no sequence of two events to train on", "a dataset with longer histories"
+            )
+        return windows
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -92,7 +104,7 @@ class SftLoop(TrainingLoop):
     """Steps of supervised training."""
 
     job: SftJob
-    feed: WindowFeed
+    feed: RowFeed
     learners: LearnerGroup
 
     pushes_every_step = False

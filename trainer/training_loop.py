@@ -15,6 +15,7 @@ from typing import Protocol
 from data.faults import fault_point
 from trainer.evaluation import Evaluation
 from trainer.jobs import PolicyJobSettings
+from trainer.list_evaluation import ListEvaluation
 from trainer.phases import PhaseTimer
 from trainer.run_state import RunState, limit_met
 
@@ -28,7 +29,7 @@ class Host(Protocol):
         """Take the learners' weights to the fleet; raises when a check fails."""
         ...
 
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self, step: int) -> Evaluation | ListEvaluation | None:
         """Evaluate the fleet's present weights on the validation rows; none without a fleet."""
         ...
 

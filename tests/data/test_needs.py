@@ -87,6 +87,8 @@ def test_built_in_gains_of_a_small_world(facts: ItemFacts) -> None:
     assert gains("explore", facts) == [1, 0, 3, 0, 5, 4, 3, 0]
     # In [1005, 1015) items 1, 2 and 3 have one event each; in [1020, 1030) items 2 and 3, at 1020.
     assert gains("trend", facts) == [0, 2, 3, 4, 0, 0, 3, 2]
+    # Where both are above 0.
+    assert gains("discover", facts) == [0, 0, 3, 0, 0, 0, 3, 0]
     # Before 1015 items have 1, 2, 2, 2 events, before 1030 they have 1, 2, 3, 3.
     expected = [1 / 2, 2 / 3, 3 / 3, 4 / 3, 5 / 2, 4 / 3, 3 / 4, 2 / 4]
     assert gains("niche", facts) == pytest.approx(expected)
@@ -156,7 +158,7 @@ def test_needs_have_different_names() -> None:
     needs = load_needs([NeedSettings(name=name) for name in BUILT_IN])
     assert [need.name for need in needs] == list(BUILT_IN)
     both = load_needs([NeedSettings(name="own", gain="tests.data.test_needs:halved", instruction=("niche", "new"))])
-    assert instruction_words([*needs, *both]) == ("interest", "explore", "trend", "niche", "new")
+    assert instruction_words([*needs, *both]) == ("interest", "explore", "trend", "niche", "discover", "new")
 
 
 def test_ratings_stay_beside_their_events(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from data.errors import RequestError, RunError
-from data.feed import Feed
 from data.records import DecodeSpec, Groups, Prompt, RewardFailure, ScoredGroups
-from data.trie_constraint import TrieConstraint
+from reward.client import RewardClient
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from rollout.channel import WeightChannel
@@ -34,8 +33,11 @@ from trainer.group_dump import write_step
 from trainer.initial_model import prepare_initial_model
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup
+from trainer.list_evaluation import ListEvaluation
+from trainer.list_jobs import list_scorer, prompt_rows
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
+from trainer.policy_jobs import item_feed
 from trainer.replay_loop import ReplayLoop
 from trainer.run_log import reproducible
 from trainer.run_state import RunState
@@ -62,7 +64,7 @@ class LocalHost:
             self.channel.push(version)
         return {}
 
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self, step: int) -> Evaluation | ListEvaluation | None:
         return None if self.engine is None else self.data.evaluator(self.job).run(self.engine)
 
     def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
@@ -86,15 +88,16 @@ class World:
     data: PolicyData
     folder: Path
     built: list[LearnerGroup] = dataclasses.field(default_factory=list)
+    client: RewardClient | None = None
+    """Of a ranker; None without one."""
 
     def learners(self, hf_dir: Path, job: RlJob) -> LearnerGroup:
         for group in self.built:
             group.close()
         self.built.clear()
-        constraint = TrieConstraint(self.data.catalogue.trie(), exclude=True)
         reference = hf_dir if job.objective.beta else None
         group = LearnerGroup.local(
-            job.learner, hf_dir, constraint, seed=job.seed, total_steps=4, reference_dir=reference
+            job.learner, hf_dir, self.data.constraint(), seed=job.seed, total_steps=4, reference_dir=reference
         )
         self.built.append(group)
         return group
@@ -121,10 +124,8 @@ class World:
                 dtype="float32",
             )
         host = LocalHost(channel, self.data, job, engine, learners, self.folder / name)
-        dataset = self.data.dataset
-        feed = Feed(
-            dataset.samples("train"), self.data.builder, job.batch_prompts, job.seed, fingerprint=dataset.fingerprint
-        )
+        feed = item_feed(job, self.data, None) if self.data.lists is None else prompt_rows(job, self.data).feed
+        rewards = RewardScorer(job.reward, self.client)
         if state is not None:
             assert feed.load_state_dict(state.cursor) is None
         common: dict[str, Any] = {
@@ -134,7 +135,8 @@ class World:
             "state": state or RunState(),
             "resumed": state is not None,
             "feed": feed,
-            "rewards": RewardScorer(job.reward, None),
+            "rewards": rewards,
+            "lists": None if self.data.lists is None else list_scorer(job, rewards),
             "learners": learners,
             "tracker": FailureTracker(job.reward),
             "catalogue": self.data.catalogue,
