@@ -176,19 +176,26 @@ class Responses:
         }
         return Counter({fault: count for fault, count in counts.items() if count})
 
-    def join(self, table: pa.Table, digest_B: DigestArray) -> pa.Table:
+    @property
+    def digests(self) -> DigestArray:
+        """Of their requests, sorted."""
+        return self._words()[0]
+
+    def join(self, table: pa.Table, digest_B: DigestArray, answered_B: BoolArray | None = None) -> pa.Table:
         """The exposures with the responses that are known of them.
 
         Args:
             table: `data.feedback.SCHEMA`; rows whose lists are uneven stay as they are.
             digest_B: `request_digests` of its rows.
+            answered_B: rows that may have a response; others are not looked for.
         """
-        if not len(self):
+        among_B = np.arange(len(table)) if answered_B is None else np.flatnonzero(answered_B)
+        if not len(self) or not len(among_B):
             return table
         digest_R, word_R = self._words()
-        first_B = np.searchsorted(digest_R, digest_B, "left")
-        count_B = np.searchsorted(digest_R, digest_B, "right") - first_B
-        row_A = np.repeat(np.arange(len(table)), count_B)
+        first_B = np.searchsorted(digest_R, digest_B[among_B], "left")
+        count_B = np.searchsorted(digest_R, digest_B[among_B], "right") - first_B
+        row_A = np.repeat(among_B, count_B)
         if not len(row_A):
             return table
         place_A = np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B) + np.arange(len(row_A))

@@ -126,6 +126,11 @@ COMMANDS: dict[str, Command] = {
     "bench data": Command(
         target="launch.bench.data:data_command", summary="time an import and the item trie", answers=True
     ),
+    "bench partition": Command(
+        target="launch.bench.partition:partition_command",
+        summary="time reading, validating and joining a day of a feedback log",
+        answers=True,
+    ),
     "bench suite": Command(
         target="launch.bench.suite:suite_command",
         summary="the benchmarks, small, against the ratios last accepted (make bench)",

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple, Self
 
 import numpy as np
-import pyarrow as pa
 
 from data.records import BoolArray
-from data.responses import DigestArray, PairArray, request_digests
+from data.responses import DigestArray, PairArray
 
 ROWS_PER_BUCKET: Final = 1 << 21
 
@@ -30,6 +29,8 @@ class Repeated(NamedTuple):
     """An earlier row of the partition has it."""
     across_N: BoolArray
     """An earlier pass has it."""
+    answered_N: BoolArray
+    """A file of responses has it."""
 
     def any_of(self, rows: slice) -> BoolArray:
         """Either, for some rows."""
@@ -107,6 +108,9 @@ class RequestSorter(Buckets):
         super().__init__(folder, rows, rows_per_bucket=rows_per_bucket)
         self._rows = rows
         self._next = 0
+        self._in_order = folder / "digests.u64"
+        self._paths.append(self._in_order)
+        self._column = self._stack.enter_context(self._in_order.open("wb"))
 
     def add(self, digest_B: DigestArray) -> None:
         """The next rows."""
@@ -114,16 +118,23 @@ class RequestSorter(Buckets):
         pair_B[:, 0] = digest_B
         pair_B[:, 1] = np.arange(self._next, self._next + len(digest_B), dtype=np.uint64)
         self._next += len(digest_B)
+        digest_B.tofile(self._column)
         self.add_pairs(pair_B)
 
-    def finish(self, target: Path, earlier: Sequence[Path]) -> Repeated:
-        """Write the sorted digests to `target`, and say which rows repeat a request.
+    def digests(self, rows: slice) -> DigestArray:
+        """The digests of some rows, in the order in which they came."""
+        self._column.flush()
+        return np.array(mapped(self._in_order)[rows])
+
+    def finish(self, target: Path, earlier: Sequence[Path], answers: DigestArray | None = None) -> Repeated:
+        """Write the sorted digests to `target`, and say which rows repeat a request or have a response.
 
         Args:
             target: a new file.
             earlier: files of earlier passes, as written here.
+            answers: sorted digests of the requests of responses.
         """
-        found = Repeated(np.zeros(self._rows, np.bool_), np.zeros(self._rows, np.bool_))
+        found = Repeated(*(np.zeros(self._rows, np.bool_) for _ in Repeated._fields))
         known = [mapped(path) for path in earlier]
         with target.open("wb") as out:
             for number, pair_B in enumerate(self.sorted()):
@@ -131,6 +142,8 @@ class RequestSorter(Buckets):
                 found.within_N[row_B[1:][digest_B[1:] == digest_B[:-1]]] = True
                 for digests in known:
                     found.across_N[row_B[_among(digest_B, self.range_of(digests, number))]] = True
+                if answers is not None:
+                    found.answered_N[row_B[_among(digest_B, self.range_of(answers, number))]] = True
                 digest_B.tofile(out)
         return found
 
@@ -154,21 +167,9 @@ class DigestWriter(Buckets):
                 pair_B[:, 0].copy().tofile(out)
         super().__exit__(*found)
 
-    def add(self, table: pa.Table, chosen_B: BoolArray, digest_B: DigestArray | None) -> None:
-        """The chosen rows of a batch.
-
-        Args:
-            table: has `request_id`.
-            chosen_B: of its rows.
-            digest_B: digests of its rows, where they are known.
-        """
-        if not chosen_B.any():
-            return
-        if digest_B is None:
-            found = request_digests(table["request_id"].combine_chunks().filter(pa.array(chosen_B)))
-        else:
-            found = digest_B[chosen_B]
-        self.add_pairs(np.stack([found, found], axis=1))
+    def add(self, digest_B: DigestArray) -> None:
+        """Further digests."""
+        self.add_pairs(np.stack([digest_B, digest_B], axis=1))
 
 
 class DigestFiles:

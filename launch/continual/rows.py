@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -37,7 +37,7 @@ from data.responses import DigestArray, Responses, request_digests
 from data.settings import Settings
 from launch.continual.late_responses import joined_responses
 from launch.continual.log_folder import Listing, LogFolder
-from launch.continual.parquet_stream import batches
+from launch.continual.parquet_stream import Opener, batches
 from launch.continual.parts import Parts, Quarantine, responded
 from launch.continual.reasons import Reason, Told
 from launch.continual.requests import DigestFiles, DigestWriter, Repeated, RequestSorter
@@ -149,22 +149,17 @@ def read_rows(
     files = [partial(log.parquet, listing.day, name, promised=listing.promised.get(name)) for name in names]
     rows = sum(opened().metadata.num_rows for opened in files)
     first = day_start(listing.day)
-    with RequestSorter(out, rows) as sorter:
+    with (
+        joined_responses(log, listing, out, checks.response_range) as (responses, unjoined),
+        RequestSorter(out, rows) as sorter,
+    ):
         for batch in batches(files, ["request_id"]):
             sorter.add(request_digests(batch.column("request_id")))
-        repeated = sorter.finish(out / REQUESTS, before.requests)
-    second_S, at = np.zeros(DAY_SECONDS, np.int64), 0
-    if not read_again:
-        for batch in batches(files, ["timestamp"]):
-            time_B = pc.fill_null(batch.column("timestamp"), -1).to_numpy(zero_copy_only=False) - first
-            counted_B = (time_B >= 0) & (time_B < DAY_SECONDS) & ~repeated.any_of(slice(at, at + len(batch)))
-            at += len(batch)
-            second_S += np.bincount(time_B[counted_B], minlength=DAY_SECONDS)
-    with joined_responses(log, listing, out, checks.response_range) as (responses, unjoined):
-        splitter = _Splitter(
-            checks, before, day_first=first, held_from=first + split_second(second_S, settings.held_out)
-        )
-        counts, files_of = splitter.split(batches(files, SCHEMA.names), out, repeated, responses, read_again=read_again)
+        repeated = sorter.finish(out / REQUESTS, before.requests, responses.digests)
+        held_from = first + (0 if read_again else held_out_from(files, repeated, first, settings.held_out))
+        splitter = _Splitter(checks, before, day_first=first, held_from=held_from)
+        source = batches(files, SCHEMA.names)
+        counts, files_of = splitter.split(source, out, repeated, responses, sorter.digests, read_again=read_again)
         found = len(responses) - responses.without_request
         # Of late files alone, the requests of other responses lie in the files that are not read.
         whole = not before.of_day or read_again
@@ -172,6 +167,24 @@ def read_rows(
     report = splitter.report(counts, files_of)
     report.write(out)
     return report
+
+
+def held_out_from(files: Sequence[Opener], repeated: Repeated, first: int, share: float) -> int:
+    """The second of the day from which on rows are held out.
+
+    Args:
+        files: of the rows.
+        repeated: rows that do not count.
+        first: the first second of the day.
+        share: of all rows.
+    """
+    second_S, at = np.zeros(DAY_SECONDS, np.int64), 0
+    for batch in batches(files, ["timestamp"]):
+        time_B = pc.fill_null(batch.column("timestamp"), -1).to_numpy(zero_copy_only=False) - first
+        counted_B = (time_B >= 0) & (time_B < DAY_SECONDS) & ~repeated.any_of(slice(at, at + len(batch)))
+        at += len(batch)
+        second_S += np.bincount(time_B[counted_B], minlength=DAY_SECONDS)
+    return split_second(second_S, share)
 
 
 def split_second(second_S: npt.NDArray[np.int64], share: float) -> int:
@@ -229,6 +242,7 @@ class _Splitter:
         out: Path,
         repeated: Repeated,
         responses: Responses,
+        digests: Callable[[slice], DigestArray],
         *,
         read_again: bool,
     ) -> tuple[Counter[str], dict[str, int]]:
@@ -244,9 +258,8 @@ class _Splitter:
                 table = pa.table(batch.columns, names=SCHEMA.names)
                 rows = slice(at, at + len(table))
                 at += len(table)
-                digest_B = request_digests(batch.column("request_id")) if len(responses) or self._corrects else None
-                if digest_B is not None:
-                    table = responses.join(table, digest_B)
+                digest_B = digests(rows)
+                table = responses.join(table, digest_B, repeated.answered_N[rows])
                 code_B, corrected_B = self._codes(table, digest_B, repeated, rows)
                 answered_B = (code_B == 0) & responded(table)
                 chosen = self._parts(table, code_B, corrected_B, read_again)
@@ -256,8 +269,8 @@ class _Splitter:
                     self._policies.update(_words(part))
                     self._weights += _uniform_weight(part, self._active)
                 kept_B = np.logical_or.reduce(list(chosen.values())) & answered_B
-                answered.add(table, kept_B, digest_B)
-                corrections.add(table, corrected_B, digest_B)
+                answered.add(digest_B[kept_B])
+                corrections.add(digest_B[corrected_B])
                 if not read_again:
                     quarantine.write(_chosen(table, code_B != 0), code_B[code_B != 0])
                     counts.update(_faults(code_B))
@@ -280,14 +293,14 @@ class _Splitter:
         )
 
     def _codes(
-        self, table: pa.Table, digest_B: DigestArray | None, repeated: Repeated, rows: slice
+        self, table: pa.Table, digest_B: DigestArray, repeated: Repeated, rows: slice
     ) -> tuple[npt.NDArray[np.uint8], BoolArray]:
         """[B] faults, and rows that correct one of an earlier pass."""
         across_B = repeated.across_N[rows]
         within_B = repeated.within_N[rows]
         code_B = fault_codes(table, self._checks, day_start_N=self._day_first, repeated_N=within_B)
         corrected_B = np.zeros(len(table), np.bool_)
-        if self._corrects and digest_B is not None:
+        if self._corrects:
             late = np.flatnonzero((code_B == 0) & across_B & responded(table))
             late_B = self._of_day.has(digest_B[late]) & ~self._responded.has(digest_B[late])
             corrected_B[late[late_B]] = True
