@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
         summary="add items to a dataset and retire others; old ids and codes stay",
         answers=True,
     ),
+    "data forget": Command(
+        target="launch.forget_command:forget_command",
+        summary="take a user's rows out of a dataset, a log and a registry",
+        answers=True,
+    ),
     "data simulate": Command(
         target="launch.simulate_command:simulate_command",
         summary="serve a policy over held-out contexts to get a feedback log",

@@ -20,6 +20,7 @@ from typing import Any
 from data.errors import RequestError
 from data.faults import fault_point
 from launch.continual.files import Files
+from launch.continual.forgetting import forgotten_users
 from launch.continual.guard import Checked, Outcome, check, passes, wanted
 from launch.continual.journal import Changes, Day, FileFacts, Journal, Pass, PassState, changes
 from launch.continual.log_folder import Listing, LogFolder, UnusableFile, is_response, missing_days, waits_for
@@ -332,6 +333,7 @@ class Cycle:
             "reasons": [{"reason": told.reason, "found": told.found} for told in one.reasons],
             "metrics": one.metrics,
             "decided_at": one.decided_at,
+            "forgotten": forgotten_users(self._registry.root),
             "updater": self._updater.describe(),
         }
 
