@@ -22,7 +22,7 @@ from launch.bench.sync import SyncBench, sync_command
 from reward.batch_scoring import BatchScores
 from reward.sasrec import SASRec, SASRecShape
 from reward.swap_credit import SwapForm, swap_credit
-from tests.launch.test_bench_rollout import bench
+from tests.launch.test_bench_rollout import bench, check_answer
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,7 @@ def push(movers: str) -> dict[str, Any]:
 
 def test_a_push_arrives() -> None:
     answer = push("shared_memory")
+    check_answer("sync", answer)
     assert answer["checked"] is True
     assert answer["bytes"] >= 2 * 648_256
     assert answer["calls"] == 2
@@ -99,6 +100,7 @@ def test_a_push_that_loses_something_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_import_counts_every_row() -> None:
     answer = data_command(DataBench(rows=5_000, items=300, repeats=1, threads=1))
+    check_answer("data", answer)
     assert answer["checked"] is True
     assert answer["rows_per_s"] > 0
     assert answer["counts"]["counts"]["rows_read"] == 5_000

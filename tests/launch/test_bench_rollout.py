@@ -106,9 +106,24 @@ def bench(tmp_path: Path, *arguments: str, blocked: bool) -> dict[str, object]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, object] = json.loads(done.stdout)
-    schema = json.loads((ROOT / "docs" / "schemas" / "bench.schema.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(answer)
+    check_answer(arguments[0], answer)
     return answer
+
+
+def check_answer(benchmark: str, answer: dict[str, object]) -> None:
+    """Check an answer against the schema of all benchmarks and that of its own."""
+    for name in ("bench", f"bench-{benchmark}"):
+        schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text())
+        jsonschema.Draft202012Validator(schema).validate(answer)
+
+
+@pytest.mark.parametrize("benchmark", ["rollout", "learner", "step", "sync", "reward", "data"])
+def test_recorded_answers_match_their_schema(benchmark: str) -> None:
+    table = json.loads((ROOT / "docs" / "results" / f"bench_{benchmark}.json").read_text())
+    answers = [row["result"] for row in table["rows"] if row["result"] is not None]
+    assert answers
+    for answer in answers:
+        check_answer(benchmark, answer)
 
 
 SMALL = ("--model", "tiny", "--prompts", "3", "--prompt-len", "20", "--width", "5", "--repeats", "1", "--threads", "1")

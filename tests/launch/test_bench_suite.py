@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from launch import cli
 from launch.bench import suite
 from launch.bench.machine import describe_machine
+from launch.provenance import ROOT
 
 
 @pytest.fixture
@@ -46,7 +48,10 @@ def test_what_was_accepted_is_compared(
     answers: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = ["--accepted", str(tmp_path)]
-    assert cli.run(["bench", "suite", *folder]) == 0
+    assert cli.run(["bench", "suite", "--json", str(tmp_path / "answer"), *folder]) == 0
+    schema = json.loads((ROOT / "docs" / "schemas" / "bench-suite.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(json.loads((tmp_path / "answer").read_text()))
+    (tmp_path / "answer").unlink()
     assert "nothing is accepted yet" in capsys.readouterr().out
     assert cli.run(["bench", "suite", "--accept", *folder]) == 0
     kind = describe_machine()["kind"]["cpu"]
