@@ -263,7 +263,8 @@ def commands(table: Mapping[str, Any]) -> list[str]:
             continue
         told = "<br>".join(f"`windlass {' '.join(command)}`" for command in [*row.get("before", ()), row["command"]])
         source = (row.get("commit") or "–")[:9] + (" with changes" if " " in (row.get("commit") or "") else "")
-        lines.append(f"| {row['name']} | {told} | {row.get('seed', '–')} | {source} | {_cell(row.get('seconds'))} |")
+        seed = row.get("seed", lookup(row.get("result"), "settings.seed"))
+        lines.append(f"| {row['name']} | {told} | {_cell(seed)} | {source} | {_cell(row.get('seconds'))} |")
     return [*lines, "", "</details>"]
 
 

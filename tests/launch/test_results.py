@@ -21,7 +21,7 @@ from launch import cli
 from launch.config import RECIPES
 from launch.provenance import ROOT, commit
 from launch.result_plots import ResultPlot
-from launch.results import is_made, markdown, measure, read_table, render
+from launch.results import commands, is_made, markdown, measure, read_table, render
 from launch.train_arguments import resolve, split_arguments
 
 TABLES = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -70,6 +70,12 @@ def test_shared_steps_run_once_and_first(tmp_path: Path) -> None:
     (tmp_path / "sft").unlink()
     measure(path, runner, deadline=math.inf)
     assert len(runner.ran) == 5, "nothing is missing, so nothing that rows begin with is made"
+
+
+def test_the_seed_of_a_row_is_that_of_its_answer_where_none_is_given() -> None:
+    row = {"name": "a", "command": ["bench", "x"], "result": {"settings": {"seed": 7}}}
+    assert commands({"rows": [row]})[-3].split("|")[3] == " 7 "
+    assert commands({"rows": [{**row, "seed": 3}]})[-3].split("|")[3] == " 3 "
 
 
 def test_a_shared_step_without_its_file_is_an_error(tmp_path: Path) -> None:
