@@ -20,9 +20,12 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.faults import fault_point
 from data.feed import Feed
+from data.feedback import Anchors
 from data.records import DecodeSpec, Groups, Prompt, ScoredGroups
 from reward.scoring import RewardScorer
+from trainer.batch_signals import FeedbackRows
 from trainer.durable import write_text
+from trainer.given_scores import asking_for, given_items
 from trainer.ground_truth import with_ground_truth
 from trainer.group_dump import read_step, step_path, steps_in, write_step
 from trainer.group_settings import Refill
@@ -66,6 +69,8 @@ class Collector:
     rollouts: Rollouts
     rewards: RewardScorer
     catalogue: Catalogue
+    feedback: Anchors | None
+    """The log that the prompts come from, by prompt id."""
     rewarding: AbstractContextManager[object]
     """Held while rewards are asked for: the loop's other part asks the same scorer."""
     lists: ListScorer | None = None
@@ -89,6 +94,8 @@ class Collector:
 
     def _rolled_out(self, prompts: Sequence[Prompt], step: int, timer: PhaseTimer) -> tuple[Collected, Metrics]:
         """Scored groups of the prompts, with their ground truths where the recipe wants them."""
+        feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
+        prompts = asking_for(prompts, given_items(self.job.objective, prompts, feedback), self.catalogue)
         with timer.phase("rollout"):
             groups = self.rollouts.generate(prompts, decode_spec(self.job, step))
         with timer.phase("reward"):

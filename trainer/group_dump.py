@@ -1,7 +1,8 @@
 """Scored groups on disk: what `--rollout-only` writes and `--train-only` reads, one Parquet file per step.
 
 A row is a group; lists are flat in the order `[G]` or `[G, T]`. The file's metadata holds the format version, the
-decoding specification, the constraint and the digest of the catalogue.
+decoding specification, the constraint and the digest of the catalogue. The columns of scored items are there only
+where the engine was asked for some.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _GROUP_ARRAYS: Final = {
     "logp_PGT": pa.float32(),
     "finish_PG": pa.string(),
 }
+_ASKED: Final = "prompt_scored_items"
+_ANSWERED: Final = "scored_logp_PMT"
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -71,6 +74,11 @@ def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: Score
         columns[f"prompt_{name}"] = pa.array([getattr(prompt, name) for prompt in prompts], pa.list_(pa.int32()))
     for name, kind in _GROUP_ARRAYS.items():
         columns[name] = _flat_lists(getattr(groups, name), kind)
+    scored_items = 0
+    if groups.scored_logp_PMT is not None:
+        scored_items = groups.scored_logp_PMT.shape[1]
+        columns[_ASKED] = pa.array([prompt.scored_items for prompt in prompts], pa.list_(pa.int32()))
+        columns[_ANSWERED] = _flat_lists(groups.scored_logp_PMT, pa.float32())
     columns["weight_version_P"] = pa.array(groups.weight_version_P)
     columns["engine_id_P"] = pa.array(groups.engine_id_P.astype(str).tolist(), pa.string())
     columns["failure_P"] = pa.array(scored.failure_P.astype(str).tolist(), pa.string())
@@ -81,6 +89,7 @@ def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: Score
         "format": FORMAT,
         "step": step,
         "shape": groups.shape,
+        "scored_items": scored_items,
         "spec": dataclasses.asdict(groups.spec),
         "constraint": groups.constraint,
         "catalogue_digest": groups.catalogue_digest,
@@ -127,6 +136,12 @@ def _parse(path: Path, table: pa.Table, catalogue_digest: str) -> tuple[list[Pro
         for name, kind in _GROUP_ARRAYS.items()
     }
     spec = dict(head["spec"])
+    if _ANSWERED in table.column_names:
+        arrays[_ANSWERED] = _scored(table[_ANSWERED], size, head["scored_items"])
+        asked = table[_ASKED].to_pylist()
+        prompts = [
+            dataclasses.replace(prompt, scored_items=tuple(items)) for prompt, items in zip(prompts, asked, strict=True)
+        ]
     groups = Groups(
         prompt_id_P=table["prompt_id"].to_numpy(),
         weight_version_P=table["weight_version_P"].to_numpy(),
@@ -182,6 +197,12 @@ def _flat_lists(array: np.ndarray, kind: pa.DataType) -> pa.ListArray:
     flat = array.reshape(-1)
     values = pa.array(flat.astype(str).tolist() if kind == pa.string() else flat, kind)
     return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _scored(column: pa.ChunkedArray, prompts: int, items: int) -> Any:
+    """`Groups.scored_logp_PMT`, whose tokens are those of the catalogue's longest item, not those of the groups."""
+    tokens = len(column[0]) // max(items, 1) if prompts else 0
+    return _from_lists(column, (prompts, items, tokens), pa.float32())
 
 
 def _from_lists(column: pa.ChunkedArray, shape: tuple[int, ...], kind: pa.DataType) -> Any:

@@ -34,7 +34,7 @@ from data.catalogue import Catalogue
 from data.errors import RunError
 from data.feed import Feed
 from data.feedback import Anchors
-from data.records import Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
+from data.records import BoolArray, FloatArray, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
 from reward.scoring import ITEM_MATCH, RewardScorer
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
@@ -50,6 +50,7 @@ from trainer.batch_signals import (
 from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
+from trainer.given_scores import compared_tokens, given_items
 from trainer.jobs import RlJob, completion_tokens
 from trainer.learner_group import LearnerGroup, ScoreOutputs
 from trainer.list_scoring import ListScorer
@@ -103,6 +104,7 @@ class RlLoop(TrainingLoop):
             rollouts=self.rollouts,
             rewards=self.rewards,
             catalogue=self.catalogue,
+            feedback=self.feedback,
             rewarding=self._rewarding,
             lists=self.lists,
         )
@@ -151,7 +153,9 @@ class RlLoop(TrainingLoop):
         with self.timer.phase("score"):
             asked = whole.completions if scored_extras(self.job.objective) else rollouts
             scores = self.learners.score(asked, self.job.rollout.temperature)
-            metrics |= self._check_staleness(step, groups) | self._check_gap(step, groups, asked, scores)
+            given = given_items(self.job.objective, prompts, feedback)
+            compared = compared_tokens(prompts, groups, asked, whole.extra, given, scores.legal_PGT)
+            metrics |= self._check_staleness(step, groups) | self._check_gap(step, compared, asked, scores)
         with self.timer.phase("objective"):
             inputs, objective_metrics, log_mean = self._objective(
                 prompts, scored, whole, scores, ranker, feedback, negative_PN, batch.lists
@@ -209,12 +213,13 @@ class RlLoop(TrainingLoop):
             )
         return {"staleness/mean": float(staleness_P.mean()), "staleness/max": float(staleness_P.max())}
 
-    def _check_gap(self, step: int, groups: Groups, completions: Completions, scores: ScoreOutputs) -> Metrics:
+    def _check_gap(
+        self, step: int, compared: tuple[FloatArray, BoolArray, int], completions: Completions, scores: ScoreOutputs
+    ) -> Metrics:
         """Compare what the engine returned with the learner's score; stop before the update when they differ."""
         settings = self.job.policy_gap
-        _, members, tokens = groups.shape
-        mask_PGT = groups.token_mask_PGT & (completions.valid_PG[:, :members] & groups.generated_PG)[..., None]
-        gap = policy_gap(groups.logp_PGT, scores.logp_PGT[:, :members, :tokens], mask_PGT)
+        engine_PGT, mask_PGT, given = compared
+        gap = policy_gap(engine_PGT, scores.logp_PGT, mask_PGT)
         shorter = self.job.learner.dtype is not Precision.FLOAT32
         due = self.state.noise is None or (step - 1) % settings.noise_every == 0
         # A batch may be noisier than the one that was measured last: only its own noise sounds the alarm.
@@ -231,6 +236,7 @@ class RlLoop(TrainingLoop):
                 self.save_last_good()
                 raise
         metrics = {"policy_gap/mean": gap.mean, "policy_gap/max": gap.max, "policy_gap/limit_mean": limit.mean}
+        metrics["policy_gap/given_share"] = given / max(gap.tokens, 1)
         if self.state.noise is not None:
             metrics |= {f"policy_gap/noise_{kind}": value for kind, value in self.state.noise.items()}
         return metrics

@@ -53,8 +53,17 @@ def example() -> tuple[list[Prompt], ScoredGroups]:
     )
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    prompts, scored = example()
+def with_scored_items(prompts: list[Prompt], scored: ScoredGroups) -> tuple[list[Prompt], ScoredGroups]:
+    asked = [dataclasses.replace(p, scored_items=items) for p, items in zip(prompts, [(4, 1), (), (2,)], strict=True)]
+    logp_PMT = np.random.default_rng(1).normal(size=(3, 2, 3)).astype(np.float32)
+    logp_PMT[0, 1, 0] = -np.inf
+    groups = dataclasses.replace(scored.groups, scored_logp_PMT=logp_PMT)
+    return asked, dataclasses.replace(scored, groups=groups)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_round_trip(tmp_path: Path, asked: bool) -> None:
+    prompts, scored = with_scored_items(*example()) if asked else example()
     write_step(tmp_path, 1, prompts, scored)
     assert dumped_steps(tmp_path) == [1]
     again_prompts, again = read_step(tmp_path, 1, "digest")

@@ -7,7 +7,7 @@ fake. What the stages compute: test_composition.py; plain GRPO: test_loop.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ import pytest
 
 from data.errors import RunError
 from data.feedback import Anchors
-from data.records import RewardFailure
+from data.records import DecodeSpec, Groups, Prompt, RewardFailure
 from reward.batch_scoring import BatchScores
 from reward.client import RewardClient
 from reward.scoring import RewardScorer
 from reward.wire import ScoreCall
+from rollout.probe import GapAlarm
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
 from tests.trainer.test_loop import World, host_of, weights
@@ -121,10 +122,29 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
             "groups/live_share",
         ):
             assert np.isfinite(metrics[name]), name
+        # The ground truth and the anchor of every group, beside seven or eight rollouts.
+        assert 0.1 < metrics["policy_gap/given_share"] < 0.25
         assert metrics["policy_gap/max"] < 1e-4
         assert metrics["truncation/mean"] == pytest.approx(1, abs=1e-3)
         assert metrics["groups/members"] == pytest.approx(8, abs=0.5)
     assert loop.state.anchor_log_mean is not None
+
+
+def test_a_wrong_score_of_an_anchor_sounds_the_alarm(world: World) -> None:
+    loop = build(world, "wrong")
+    assert loop.rollouts is not None
+    generate = loop.rollouts.generate
+
+    def wrong(prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
+        groups = generate(prompts, spec)
+        if groups.scored_logp_PMT is None:  # an evaluation
+            return groups
+        assert all(1 <= len(prompt.scored_items) <= 2 for prompt in prompts)
+        return dataclasses.replace(groups, scored_logp_PMT=groups.scored_logp_PMT - 0.01)
+
+    loop.rollouts.generate = wrong  # type: ignore[method-assign]
+    with pytest.raises(GapAlarm, match="policy gap of step 1"):
+        loop.run()
 
 
 def test_a_beam_read_as_a_list_trains(world: World) -> None:
