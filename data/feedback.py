@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from enum import StrEnum
@@ -22,6 +22,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.dataset import Samples
@@ -122,31 +123,42 @@ class FeedbackLog:
         )
 
     def anchors(self) -> Anchors:
-        """Exposed items, responses and log-propensities.
+        """The first exposed item of every request, its response and its log-propensity.
+
+        Of a request that exposed several items the later ones are left out (`later_items` counts them): they were
+        shown given the first, which alone has the propensity of an item by itself.
 
         Raises:
-            RequestError: a request that exposed several items.
+            RequestError: a request that exposed nothing.
         """
-        exposed = self.table["exposed"].combine_chunks()
-        length_N = exposed.value_lengths().to_numpy(zero_copy_only=False)
-        if (length_N != 1).any():
-            found = f"{int((length_N != 1).sum())} of {len(length_N)} requests do not expose exactly one item"
-            raise RequestError("feedback: exposed", found, "one item per request; lists need a list objective")
+        if not self._exposed_N().all():
+            found = f"{int((self._exposed_N() == 0).sum())} of {len(self)} requests expose no item"
+            raise RequestError("feedback: exposed", found, "at least one item per request")
         return Anchors(
-            item_N=_flat(self.table, "exposed").astype(np.int32),
-            response_N=_flat(self.table, "response").astype(np.float32),
-            logp0_N=_flat(self.table, "logp0").astype(np.float32),
+            item_N=_first(self.table, "exposed").astype(np.int32),
+            response_N=_first(self.table, "response").astype(np.float32),
+            logp0_N=_first(self.table, "logp0").astype(np.float32),
             policy_version_N=np.array(self.table["policy_version"].to_pylist(), dtype=str),
         )
+
+    @property
+    def later_items(self) -> int:
+        """Exposed items behind the first of their request."""
+        return int(self._exposed_N().sum()) - len(self)
+
+    def _exposed_N(self) -> LongArray:
+        length = self.table["exposed"].combine_chunks().value_lengths()
+        length_N: LongArray = length.to_numpy(zero_copy_only=False).astype(np.int64)
+        return length_N
 
     def _column(self, name: str) -> LongArray:
         column: LongArray = self.table[name].combine_chunks().to_numpy(zero_copy_only=False)
         return column
 
 
-def _flat(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    flat: npt.NDArray[Any] = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat
+def _first(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    first: npt.NDArray[Any] = pc.list_element(table[name], 0).combine_chunks().to_numpy(zero_copy_only=False)
+    return first
 
 
 def single_item_log(
@@ -235,7 +247,9 @@ def write_feedback(folder: Path, table: pa.Table, *, rows_per_file: int = ROWS_P
     day_N = timestamp_N // DAY_SECONDS
     days = {day_of(int(day) * DAY_SECONDS): np.flatnonzero(day_N == day) for day in np.unique(day_N)}
     for day, rows in days.items():
-        _write_day(folder / f"day={day}", table.take(pa.array(rows)), rows_per_file)
+        rows_of_day = table.take(pa.array(rows))
+        starts = range(0, len(rows), rows_per_file)
+        write_day(folder / f"day={day}", (rows_of_day.slice(start, rows_per_file) for start in starts))
     return {day: len(rows) for day, rows in days.items()}
 
 
@@ -256,24 +270,34 @@ def check_days_are_free(folder: Path, timestamp_N: LongArray) -> None:
             raise RequestError(str(path), "is there already", "a day that is not in the log yet")
 
 
-def _write_day(folder: Path, table: pa.Table, rows_per_file: int) -> None:
+def write_day(folder: Path, parts: Iterable[pa.Table]) -> dict[str, int]:
+    """Write the folder of one day, a file per part that has rows; it appears whole or not at all.
+
+    Args:
+        folder: `LOG/day=YYYY-MM-DD`, not there yet.
+        parts: `SCHEMA`; taken one after the other.
+
+    Returns:
+        Rows by file.
+    """
     # The leading dot keeps a half-written day from being taken for one of the log.
     temporary = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    marked = table.replace_schema_metadata({METADATA: json.dumps({"format": FORMAT})})
-    files = {}
-    for number, start in enumerate(range(0, len(marked), rows_per_file)):
-        part = marked.slice(start, rows_per_file)
-        name = f"part-{number:05d}.parquet"
-        pq.write_table(part, temporary / name, compression="zstd")
-        _sync(temporary / name)
-        files[name] = len(part)
+    files: dict[str, int] = {}
+    for part in parts:
+        if len(part):
+            name = f"part-{len(files):05d}.parquet"
+            marked = part.replace_schema_metadata({METADATA: json.dumps({"format": FORMAT})})
+            pq.write_table(marked, temporary / name, compression="zstd")
+            _sync(temporary / name)
+            files[name] = len(part)
     (temporary / SUCCESS).write_text(json.dumps({"format": FORMAT, "rows": files}) + "\n", encoding="utf-8")
     _sync(temporary / SUCCESS)
     _sync(temporary)
     temporary.rename(folder)
     _sync(folder.parent)
+    return files
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,9 @@ from data.feedback import check_days_are_free, write_feedback
 from data.records import Decode
 from data.schema import SPLIT_NAMES
 from launch.cluster import cluster
-from launch.simulation import Serving, ServingSettings, Simulated, propensity_kind, simulate
+from launch.serving.exposure import propensity_kind
+from launch.serving.served import serving_engines
+from launch.simulation import ServingSettings, Simulated, simulate
 from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
 from trainer.checkpoint_evaluation import check_same_items
@@ -57,7 +59,7 @@ def simulate_command(
 ) -> dict[str, Any]:
     """Serve a frozen checkpoint over held-out contexts and log exposures, propensities and simulated responses."""
     dataset = Dataset.open(arguments.data)
-    engines = serving_engines(arguments)
+    engines = serving_engines(arguments.rollout, arguments, width=arguments.beams)
     hf_dir = open_model(arguments.checkpoint)
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
     check_model(hf_dir, catalogue.vocabulary.size)
@@ -95,23 +97,6 @@ def simulate_command(
     }
     tell(answer)
     return answer
-
-
-def serving_engines(arguments: SimulateCommand) -> RolloutSettings:
-    """The engines as the serving needs them.
-
-    Raises:
-        RequestError: a decoding key of `rollout` that another argument tells.
-    """
-    named = {"decode": "serve", "width": "beams", "temperature": "temperature"}
-    for key, instead in named.items():
-        if getattr(arguments.rollout, key) != RolloutSettings.model_fields[key].default:
-            found = getattr(arguments.rollout, key)
-            raise RequestError(f"--rollout.{key}", found, f"--{instead}; rollout tells only where to decode")
-    decode = Decode.SAMPLE if arguments.serve is Serving.SAMPLE else Decode.BEAM
-    return arguments.rollout.model_copy(
-        update={"decode": decode, "width": arguments.beams, "temperature": arguments.temperature}
-    )
 
 
 def policy_version(hf_dir: Path) -> str:

@@ -230,6 +230,8 @@ def logged_rows(job: SftJob | RlJob, data: PolicyData) -> LoggedRows:
     samples, anchors = log.samples(), log.anchors()
     target_N = np.where(anchors.response_N > 0, samples.target_N, NO_ITEM).astype(np.int32)
     left_out = {reason: count for reason, count in log.counts.items() if count}
+    if log.later_items:
+        left_out["later_items"] = log.later_items
     return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out)
 
 

@@ -342,8 +342,15 @@ def test_a_log_gives_anchors_and_the_prompts_that_were_served() -> None:
     assert [prompt.target for prompt in prompts] == [4, 2]
 
 
-def test_several_items_per_request_are_no_anchors() -> None:
-    rows = table({}, {"exposed": [1, 2], "response": [0.0, 1.0], "logp0": [-1.0, -1.0]})
+def test_the_first_of_several_items_is_the_anchor() -> None:
+    rows = table({}, {"exposed": [1, 2], "response": [0.0, 1.0], "logp0": [-1.0, -2.0]})
     assert find_faults(rows, CHECKS).tolist() == ["", ""]
-    with pytest.raises(RequestError, match="1 of 2 requests"):
-        FeedbackLog(table=rows, counts={}).anchors()
+    log = FeedbackLog(table=rows, counts={})
+    first, anchors = rows.slice(0, 1), log.anchors()
+    assert anchors.item_N.tolist() == [first["exposed"].to_pylist()[0][0], 1]
+    assert anchors.response_N.tolist()[1] == 0.0
+    assert anchors.logp0_N.tolist()[1] == -1.0
+    assert log.later_items == 1
+    nothing = table({"exposed": [], "response": [], "logp0": []})
+    with pytest.raises(RequestError, match="1 of 1 requests"):
+        FeedbackLog(table=nothing, counts={}).anchors()

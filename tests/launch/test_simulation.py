@@ -26,8 +26,10 @@ from data.feedback_reading import FeedbackChecks, read_feedback
 from data.prompts import PromptBuilder
 from data.records import Decode, DecodeSpec, Groups
 from launch.provenance import ROOT
-from launch.simulate_command import SimulateCommand, policy_version, serving_engines
-from launch.simulation import Serving, ServingSettings, Simulated, mixture_logp, responses, simulate
+from launch.serving.exposure import Serving
+from launch.serving.served import serving_engines
+from launch.simulate_command import SimulateCommand, policy_version
+from launch.simulation import ServingSettings, Simulated, responses, simulate
 from rollout.engine import Engine, build_engine
 from rollout.settings import EngineKind, RolloutSettings
 from tests.data.tiny import samples as make_samples
@@ -194,17 +196,6 @@ def test_responses_equal_a_plain_loop_over_the_future(
         assert response == float(exposed[row] in future)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=8), st.floats(0.01, 1), st.data())
-def test_mixture_propensities_are_a_distribution(weights: list[float], epsilon: float, data: st.DataObject) -> None:
-    policy = np.array(weights) / sum(weights)
-    beams = data.draw(st.integers(1, len(weights)))
-    among = np.argsort(np.argsort(-policy, kind="stable"), kind="stable") < beams
-    logp = mixture_logp(np.log(policy), among, np.full(len(policy), beams), epsilon)
-    assert np.exp(logp).sum() == pytest.approx(1)
-    assert (logp <= 0).all()
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [({"epsilon": 0.2}, "serve mixture"), ({"beams": 3}, "serve beam or mixture")],
@@ -217,7 +208,8 @@ def test_arguments_without_effect_are_refused(wrong: dict[str, float], words: st
 def test_the_engines_decode_as_the_serving_says(tmp_path: Path) -> None:
     def engines(**more: object) -> RolloutSettings:
         given = {"checkpoint": "run", "data": "d", "out": "o", **more}
-        return serving_engines(SimulateCommand.model_validate(given))
+        command = SimulateCommand.model_validate(given)
+        return serving_engines(command.rollout, command, width=command.beams)
 
     assert (engines().decode, engines().width) == (Decode.SAMPLE, 1)
     mixed = engines(serve="mixture", beams=5, temperature=0.5)
