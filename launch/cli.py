@@ -79,6 +79,10 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         target="launch.eval_command:eval_command", summary="evaluate a checkpoint on a split", answers=True
     ),
+    "serve": Command(
+        target="launch.serving.command:serve_command",
+        summary="answer requests with the served version of a registry, and log what is shown",
+    ),
     "continual": Command(
         target="launch.continual.command:continual_command",
         summary="keep the served model up to date from a feedback log, guarded",

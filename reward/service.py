@@ -85,15 +85,15 @@ class RewardService:
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        host, port = _serve_at(settings)
+        host, port = serve_at(settings.host, settings.port, section="reward")
         app_name = f"{NAME}-{uuid.uuid4().hex[:8]}"
         prefix = f"/{app_name}" if serve.status().applications else "/"
-        service = cls(settings, address=_url(host, port, prefix), handle=None, app_name=app_name)
+        service = cls(settings, address=base_url(host, port, prefix), handle=None, app_name=app_name)
         deployment = _deployment(settings).bind(_options(settings, token))
         try:
-            service._handle = serve.run(deployment, name=app_name, route_prefix=prefix, logging_config=_quiet())
+            service._handle = serve.run(deployment, name=app_name, route_prefix=prefix, logging_config=quiet())
         except RuntimeError as error:
-            why = _why_not(app_name) or str(error)
+            why = why_not(app_name) or str(error)
             service.close()
             raise RunError(f"the reward service did not start: {' '.join(why.split())}") from error
         return service
@@ -141,38 +141,36 @@ def _deployment(settings: RewardSettings) -> Any:
         graceful_shutdown_timeout_s=1.0,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
-        logging_config=_quiet(),
+        logging_config=quiet(),
     )
 
 
-def _serve_at(settings: RewardSettings) -> tuple[str, int]:
-    """Make sure that Serve runs at the wanted address and return it.
+def serve_at(host: str, port: int, *, section: str) -> tuple[str, int]:
+    """Make sure that Ray Serve runs at an address and return it; port 0 takes a free one.
 
     A Serve instance at another address is replaced when it has no applications.
 
     Raises:
-        RequestError: it has, or the port is in use.
+        RequestError: it has, or the port is in use; names the key of `section`.
     """
     from ray import serve
 
     running = _running_address()
     if running is not None:
-        if running[0] == settings.host and settings.port in (0, running[1]):
+        if running[0] == host and port in (0, running[1]):
             return running
         if serve.status().applications:
             raise RequestError(
-                "reward.host",
-                f"{settings.host}:{settings.port}",
-                f"{running[0]}:{running[1]}, where Ray Serve already runs in this cluster",
+                f"{section}.host", f"{host}:{port}", f"{running[0]}:{running[1]}, where Ray Serve already runs here"
             )
         serve.shutdown()
-    host, port = settings.host, settings.port or free_port(settings.host)
-    check_port(host, port)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_quiet())
+    port = port or free_port(host)
+    check_port(host, port, section=section)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet())
     return host, port
 
 
-def _why_not(app_name: str) -> str:
+def why_not(app_name: str) -> str:
     """The last line that a deployment says about its failure: the error of the ranker's constructor. Empty: none."""
     from ray import serve
 
@@ -182,13 +180,15 @@ def _why_not(app_name: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _quiet() -> Any:
+def quiet() -> Any:
+    """Serve's logging without a line per request."""
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def _url(host: str, port: int, prefix: str) -> str:
+def base_url(host: str, port: int, prefix: str) -> str:
+    """Where a client on this machine finds an application."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}{prefix.rstrip('/')}"
 
@@ -200,7 +200,7 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, *, section: str = "reward") -> None:
     """Refuse an address that cannot be listened on.
 
     Raises:
@@ -211,7 +211,7 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise RequestError("reward.port", f"{host}:{port} ({error.strerror})", "a free port, or 0") from error
+            raise RequestError(f"{section}.port", f"{host}:{port} ({error.strerror})", "a free port, or 0") from error
 
 
 def _absolute(ranker: str) -> str:

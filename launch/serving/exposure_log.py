@@ -1,0 +1,373 @@
+"""The feedback log as its writer keeps it: what was answered is on the disk before the answer leaves.
+
+    LOG/.serving/open/DAY/00001.jsonl   exposures and responses of a day whose responses may still come
+    LOG/.serving/late.jsonl             responses that came too late
+    LOG/day=YYYY-MM-DD/                 a day that is closed: Parquet files and `_SUCCESS` (`data.feedback.write_day`)
+
+A line is a digest and a JSON record. A file is only appended to, and synced once per batch; every start begins new
+files. The last line of a file may be torn by a crash: it was not synced, so nobody got the answer. A day is closed when
+the window of its last request is over: its folder appears by one rename, then its lines go. A crash between the two
+leaves lines of a day that is there; the next start compares the requests and removes the lines.
+
+| who | waits for whom |
+|---|---|
+| `append`, `join` | one thread of the service calls them, one batch after the other; each waits for the disk |
+| `close_days` | another thread; it takes days that no request and no response can reach any more |
+
+Memory: the open requests (id, time, items, responses), some 400 bytes each.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from data.errors import RequestError, RunError
+from data.feedback import DAY_SECONDS, ROWS_PER_FILE, SCHEMA, day_of, day_start, is_day, write_day
+from trainer.durable import sync_file
+
+FORMAT: Final = 1
+FOLDER: Final = ".serving"
+_DIGEST: Final = 16
+CHUNK_ROWS: Final = 8192
+
+
+class Joined(StrEnum):
+    """What became of a response. Values are labels of a metric."""
+
+    JOINED = "joined"
+    """It raised the response of the item; the largest one counts."""
+    UNCHANGED = "unchanged"
+    """The item had as large a response before, as when a response is sent again."""
+    LATE = "late"
+    """The window of the request is over. Kept in `late.jsonl`, not in the day."""
+    UNKNOWN_REQUEST = "unknown_request"
+    UNKNOWN_ITEM = "unknown_item"
+    """The request did not show the item."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What somebody did with a shown item."""
+
+    request_id: str
+    item: int | None
+    """None where the request showed one item only."""
+    value: float
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """A request whose window is open."""
+
+    timestamp: int
+    items: tuple[int, ...]
+    responses: list[float]
+
+
+class ExposureLog:
+    """The open end of a feedback log. One process writes it (`launch.continual.lock`)."""
+
+    def __init__(self, root: Path, *, window_s: float, clock: Callable[[], float]) -> None:
+        """Open the log and take up what an earlier process left.
+
+        Args:
+            root: the feedback log, a local folder; made when missing.
+            window_s: how long a request waits for responses.
+            clock: seconds since 1970.
+
+        Raises:
+            RequestError: no folder, lines that are damaged, or a day that somebody else wrote.
+        """
+        self.root = root
+        self.window_s = window_s
+        self._clock = clock
+        self._base = root / FOLDER
+        self._open: dict[str, dict[str, _Open]] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._latest = 0
+        self.torn = 0
+        """Lines that a crash had left half-written."""
+        (self._base / "open").mkdir(parents=True, exist_ok=True)
+        for path in (self._base / "open").glob(".*.deleted"):
+            shutil.rmtree(path)
+        card = self._base / "format.json"
+        if not card.exists():
+            card.write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+            sync_file(card)
+        if json.loads(card.read_text(encoding="utf-8") or "{}").get("format") != FORMAT:
+            raise RequestError(str(card), card.read_text(encoding="utf-8").strip(), f"format {FORMAT}")
+        for path in sorted((self._base / "open").iterdir()):
+            if is_day(path.name):
+                self._recover(path)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that wait for responses."""
+        return sum(len(day) for day in list(self._open.values()))
+
+    def now(self) -> int:
+        """Seconds since 1970, which never go back, so that no request falls into a day that is closed."""
+        self._latest = max(self._latest, int(self._clock()))
+        return self._latest
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep exposures; they are on the disk when this returns.
+
+        Args:
+            rows: by the columns of `data.feedback.SCHEMA` without `response`.
+
+        Raises:
+            RunError: the disk refused; none of the rows counts.
+        """
+        by_day: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_day.setdefault(day_of(row["timestamp"]), []).append(row)
+        for day, some in by_day.items():
+            if (self.root / f"day={day}").exists():
+                raise RunError(f"{self.root}/day={day} is there already; it was not written by this service")
+            self._write(day, [{"exposure": row} for row in some])
+            self._remember(day, some)
+
+    def join(self, responses: Sequence[Response]) -> list[Joined]:
+        """Keep responses; those that count are on the disk when this returns.
+
+        Raises:
+            RunError: the disk refused; sent again, they are joined.
+        """
+        raised: dict[tuple[str, int], float] = {}
+        late: list[dict[str, Any]] = []
+        outcomes = []
+        now = self.now()
+        for response in responses:
+            outcome, slot = self._place(response, now)
+            if outcome is Joined.JOINED:
+                key = (response.request_id, slot)
+                before = raised.get(key, self._find(response.request_id)[1].responses[slot])  # type: ignore[index]
+                if response.value <= before:
+                    outcome = Joined.UNCHANGED
+                else:
+                    raised[key] = response.value
+            elif outcome is Joined.LATE:
+                late.append({"request_id": response.request_id, "item": response.item, "value": response.value})
+            outcomes.append(outcome)
+        by_day: dict[str, list[tuple[str, int, float]]] = {}
+        for (request_id, slot), value in raised.items():
+            found = self._find(request_id)
+            assert found is not None
+            by_day.setdefault(found[0], []).append((request_id, slot, value))
+        for day, some in by_day.items():
+            self._write(day, [{"response": list(one)} for one in some])
+            for request_id, slot, value in some:
+                self._open[day][request_id].responses[slot] = value
+        if late:
+            self._append_lines("late", self._base / "late.jsonl", [{"late": one, "at": now} for one in late])
+        return outcomes
+
+    def close_days(self) -> dict[str, int]:
+        """Write the days whose windows are all over, and return their rows by day.
+
+        Raises:
+            RunError: the disk refused; the lines stay, and the next call tries again.
+        """
+        over = [day for day in sorted(list(self._open)) if day_start(day) + DAY_SECONDS + self.window_s <= self.now()]
+        return {day: self._close(day) for day in over}
+
+    def close(self) -> None:
+        """Close the files; everything in them is on the disk."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    # --- joining ---
+
+    def _find(self, request_id: str) -> tuple[str, _Open] | None:
+        day = day_of(time) if (time := time_of(request_id)) is not None else ""
+        found = self._open.get(day, {}).get(request_id)
+        return None if found is None else (day, found)
+
+    def _place(self, response: Response, now: int) -> tuple[Joined, int]:
+        """Whether a response may be joined, and to which slot."""
+        time = time_of(response.request_id)
+        if time is None:
+            return Joined.UNKNOWN_REQUEST, -1
+        found = self._find(response.request_id)
+        if time + self.window_s < now and (found is not None or day_of(time) not in self._open):
+            return Joined.LATE, -1
+        if found is None:
+            return Joined.UNKNOWN_REQUEST, -1
+        items = found[1].items
+        if response.item is None:
+            return (Joined.JOINED, 0) if len(items) == 1 else (Joined.UNKNOWN_ITEM, -1)
+        return (Joined.JOINED, items.index(response.item)) if response.item in items else (Joined.UNKNOWN_ITEM, -1)
+
+    def _remember(self, day: str, rows: Sequence[dict[str, Any]]) -> None:
+        opened = self._open.setdefault(day, {})
+        for row in rows:
+            items = tuple(row["exposed"])
+            opened[row["request_id"]] = _Open(timestamp=row["timestamp"], items=items, responses=[0.0] * len(items))
+
+    # --- lines ---
+
+    def _write(self, day: str, records: Sequence[dict[str, Any]]) -> None:
+        if day in self._files:
+            path = Path(os.fsdecode(self._files[day].name))
+        else:
+            folder = self._base / "open" / day
+            number = 1 + max((int(path.stem) for path in folder.glob("*.jsonl")), default=0)
+            path = folder / f"{number:05d}.jsonl"
+        self._append_lines(day, path, records)
+
+    def _append_lines(self, key: str, path: Path, records: Sequence[dict[str, Any]]) -> None:
+        """Append and sync; what a disk took of a batch that it refused is taken back."""
+        content = b"".join(map(line_of, records))
+        try:
+            if key not in self._files:
+                path.parent.mkdir(exist_ok=True)
+                self._files[key] = path.open("ab", buffering=0)
+                sync_file(path.parent)
+                sync_file(path.parent.parent)
+            file = self._files[key]
+            at = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(file.fileno())
+            except OSError:
+                # The next batch begins a new file, so that at worst the last line of this one is torn.
+                self._files.pop(key).close()
+                os.truncate(path, at)
+                raise
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror or error}; nothing of it was answered") from error
+
+    def _recover(self, folder: Path) -> None:
+        """Take up the lines of a day, or remove them where the day is closed."""
+        opened: dict[str, _Open] = self._open.setdefault(folder.name, {})
+        for kind, record in self._records(folder):
+            if kind == "exposure":
+                self._remember(folder.name, [record])
+            else:
+                request_id, slot, value = record
+                opened[request_id].responses[slot] = value
+        self._latest = max([self._latest, *(one.timestamp for one in opened.values())])
+        day = self.root / f"day={folder.name}"
+        if day.exists():
+            there = {
+                request_id
+                for path in day.glob("*.parquet")
+                for request_id in pq.read_table(path, columns=["request_id"])["request_id"].to_pylist()
+            }
+            lost = opened.keys() - there
+            if lost:
+                raise RequestError(
+                    str(day), f"lacks {len(lost)} requests of {folder}", "a day that this service wrote; move one away"
+                )
+            self._drop(folder.name)
+
+    def _records(self, folder: Path) -> Iterator[tuple[str, Any]]:
+        """Kind and content of every line, in the order of writing."""
+        for path in sorted(folder.glob("*.jsonl")):
+            damaged = 0
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if damaged:
+                        raise RequestError(f"{path}, line {damaged}", "damaged", "a line as the service wrote it")
+                    record = record_of(line.rstrip(b"\n"))
+                    if record is None:
+                        damaged = number
+                    else:
+                        yield next(iter(record.items()))
+            self.torn += bool(damaged)
+
+    # --- days ---
+
+    def _close(self, day: str) -> int:
+        rows = len(self._open[day])
+        try:
+            write_day(self.root / f"day={day}", self._parts(day))
+        except OSError as error:
+            raise RunError(f"{self.root}/day={day}: {error.strerror or error}; its requests stay open") from error
+        self._drop(day)
+        return rows
+
+    def _parts(self, day: str) -> Iterator[pa.Table]:
+        """The rows of a day, a file at a time; only a chunk of them is ever Python objects."""
+        opened = self._open[day]
+        exposures = (record for kind, record in self._records(self._base / "open" / day) if kind == "exposure")
+        while chunks := list(islice(_chunks(exposures, opened), ROWS_PER_FILE // CHUNK_ROWS)):
+            yield pa.concat_tables(chunks)
+
+    def _drop(self, day: str) -> None:
+        file = self._files.pop(day, None)
+        if file is not None:
+            file.close()
+        folder = self._base / "open" / day
+        doomed = folder.with_name(f".{day}.deleted")
+        folder.rename(doomed)
+        sync_file(folder.parent)
+        shutil.rmtree(doomed)
+        self._open.pop(day)
+
+
+def _chunks(exposures: Iterator[dict[str, Any]], opened: Mapping[str, _Open]) -> Iterator[pa.Table]:
+    while some := list(islice(exposures, CHUNK_ROWS)):
+        rows = [{**row, "response": opened[row["request_id"]].responses} for row in some]
+        yield pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+class RequestIds:
+    """Names of requests: time, start of the service, number. They tell late from unknown without a memory of all."""
+
+    def __init__(self, start_ms: int, seed: int) -> None:
+        self._start = f"{start_ms:011x}{seed:08x}"
+        self._next = 0
+
+    def take(self, timestamp: int) -> tuple[str, int]:
+        """The next name, and its number, below 2^32, which keys the draws."""
+        number = self._next
+        self._next += 1
+        return f"{timestamp:09x}-{self._start}-{number:x}", number % 2**32
+
+
+def time_of(request_id: str) -> int | None:
+    """The time of a request by its name, None for a name that is not ours."""
+    parts = request_id.split("-")
+    if len(parts) != 3 or len(parts[0]) != 9 or any(set(part) - set("0123456789abcdef") for part in parts):
+        return None
+    time = int(parts[0], 16)
+    return time if all(parts) else None
+
+
+def line_of(record: dict[str, Any]) -> bytes:
+    """A record as a line with its digest."""
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record of a line without its end, None when it is damaged."""
+    digest, text = line[:_DIGEST], line[_DIGEST + 1 :]
+    if xxhash.xxh3_64_hexdigest(text).encode() != digest:
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def outcomes_by_kind(outcomes: Sequence[Joined]) -> dict[str, int]:
+    """How often each outcome, zero included."""
+    counts = Counter(outcomes)
+    return {kind.value: counts[kind] for kind in Joined}
