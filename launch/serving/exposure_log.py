@@ -1,8 +1,8 @@
 """The feedback log as its writer keeps it: what was answered is on the disk before the answer leaves.
 
     LOG/.serving/open/DAY/00001.jsonl   exposures and responses of a day whose responses may still come
-    LOG/.serving/late.jsonl             responses that came too late
-    LOG/day=YYYY-MM-DD/                 a day that is closed: Parquet files and `_SUCCESS` (`data.feedback.write_day`)
+    LOG/day=YYYY-MM-DD/                 a day that is closed: Parquet files and `_SUCCESS` (`data.feedback.write_day`),
+                                        and responses that came later (`data.responses`)
 
 A line is a digest and a JSON record. A file is only appended to, and synced once per batch; every start begins new
 files. The last line of a file may be torn by a crash: it was not synced, so nobody got the answer. A day is closed when
@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ import xxhash
 
 from data.errors import RequestError, RunError
 from data.feedback import DAY_SECONDS, ROWS_PER_FILE, SCHEMA, day_of, day_start, is_day, write_day
+from data.responses import RESPONSES, write_responses
 from trainer.durable import sync_file
 
 FORMAT: Final = 1
@@ -53,7 +55,7 @@ class Joined(StrEnum):
     UNCHANGED = "unchanged"
     """The item had as large a response before, as when a response is sent again."""
     LATE = "late"
-    """The window of the request is over. Kept in `late.jsonl`, not in the day."""
+    """The day of the request is closed. Kept beside it, as a response that came later."""
     UNKNOWN_REQUEST = "unknown_request"
     UNKNOWN_ITEM = "unknown_item"
     """The request did not show the item."""
@@ -149,32 +151,30 @@ class ExposureLog:
             RunError: the disk refused; sent again, they are joined.
         """
         raised: dict[tuple[str, int], float] = {}
-        late: list[dict[str, Any]] = []
+        late: dict[str, list[Response]] = {}
         outcomes = []
-        now = self.now()
         for response in responses:
-            outcome, slot = self._place(response, now)
+            outcome, slot = self._place(response)
             if outcome is Joined.JOINED:
                 key = (response.request_id, slot)
-                before = raised.get(key, self._find(response.request_id)[1].responses[slot])  # type: ignore[index]
-                if response.value <= before:
-                    outcome = Joined.UNCHANGED
-                else:
+                opened = self._find(response.request_id)
+                assert opened is not None
+                if response.value > raised.get(key, opened.responses[slot]):
                     raised[key] = response.value
+                else:
+                    outcome = Joined.UNCHANGED
             elif outcome is Joined.LATE:
-                late.append({"request_id": response.request_id, "item": response.item, "value": response.value})
+                late.setdefault(_day(response.request_id), []).append(response)
             outcomes.append(outcome)
         by_day: dict[str, list[tuple[str, int, float]]] = {}
         for (request_id, slot), value in raised.items():
-            found = self._find(request_id)
-            assert found is not None
-            by_day.setdefault(found[0], []).append((request_id, slot, value))
+            by_day.setdefault(_day(request_id), []).append((request_id, slot, value))
         for day, some in by_day.items():
             self._write(day, [{"response": list(one)} for one in some])
             for request_id, slot, value in some:
                 self._open[day][request_id].responses[slot] = value
-        if late:
-            self._append_lines("late", self._base / "late.jsonl", [{"late": one, "at": now} for one in late])
+        for day, kept in late.items():
+            self._keep_late(day, kept)
         return outcomes
 
     def close_days(self) -> dict[str, int]:
@@ -194,25 +194,38 @@ class ExposureLog:
 
     # --- joining ---
 
-    def _find(self, request_id: str) -> tuple[str, _Open] | None:
-        day = day_of(time) if (time := time_of(request_id)) is not None else ""
-        found = self._open.get(day, {}).get(request_id)
-        return None if found is None else (day, found)
+    def _find(self, request_id: str) -> _Open | None:
+        return self._open.get(_day(request_id), {}).get(request_id)
 
-    def _place(self, response: Response, now: int) -> tuple[Joined, int]:
+    def _place(self, response: Response) -> tuple[Joined, int]:
         """Whether a response may be joined, and to which slot."""
-        time = time_of(response.request_id)
-        if time is None:
-            return Joined.UNKNOWN_REQUEST, -1
         found = self._find(response.request_id)
-        if time + self.window_s < now and (found is not None or day_of(time) not in self._open):
-            return Joined.LATE, -1
         if found is None:
-            return Joined.UNKNOWN_REQUEST, -1
-        items = found[1].items
+            day = _day(response.request_id)
+            closed = day and day not in self._open and (self.root / f"day={day}").is_dir()
+            return (Joined.LATE if closed else Joined.UNKNOWN_REQUEST), -1
         if response.item is None:
-            return (Joined.JOINED, 0) if len(items) == 1 else (Joined.UNKNOWN_ITEM, -1)
-        return (Joined.JOINED, items.index(response.item)) if response.item in items else (Joined.UNKNOWN_ITEM, -1)
+            return (Joined.JOINED, 0) if len(found.items) == 1 else (Joined.UNKNOWN_ITEM, -1)
+        shown = response.item in found.items
+        return (Joined.JOINED, found.items.index(response.item)) if shown else (Joined.UNKNOWN_ITEM, -1)
+
+    def _keep_late(self, day: str, responses: Sequence[Response]) -> None:
+        """Write responses beside a closed day; readers leave out those of requests that were never there."""
+        folder, now = self.root / f"day={day}", self.now()
+        nameless = [response.request_id for response in responses if response.item is None]
+        try:
+            shown = _shown(folder, nameless) if nameless else {}
+            columns = {
+                "request_id": [response.request_id for response in responses],
+                "item_id": [
+                    shown.get(response.request_id) if response.item is None else response.item for response in responses
+                ],
+                "response": [response.value for response in responses],
+                "timestamp": [now] * len(responses),
+            }
+            write_responses(folder, f"part-{time.time_ns():020d}", pa.table(columns, schema=RESPONSES))
+        except OSError as error:
+            raise RunError(f"{folder}: {error.strerror or error}; send the responses again") from error
 
     def _remember(self, day: str, rows: Sequence[dict[str, Any]]) -> None:
         opened = self._open.setdefault(day, {})
@@ -268,7 +281,7 @@ class ExposureLog:
         if day.exists():
             there = {
                 request_id
-                for path in day.glob("*.parquet")
+                for path in _parts_of(day)
                 for request_id in pq.read_table(path, columns=["request_id"])["request_id"].to_pylist()
             }
             lost = opened.keys() - there
@@ -321,6 +334,25 @@ class ExposureLog:
         sync_file(folder.parent)
         shutil.rmtree(doomed)
         self._open.pop(day)
+
+
+def _day(request_id: str) -> str:
+    """The day that the name of a request tells; empty for a name that is not ours."""
+    at = time_of(request_id)
+    return "" if at is None else day_of(at)
+
+
+def _shown(folder: Path, request_ids: Sequence[str]) -> dict[str, int]:
+    """The item of each request of a closed day that showed one only."""
+    filters = [("request_id", "in", list(request_ids))]
+    tables = [pq.read_table(path, columns=["request_id", "exposed"], filters=filters) for path in _parts_of(folder)]
+    rows = pa.concat_tables(tables).to_pylist()
+    return {row["request_id"]: row["exposed"][0] for row in rows if len(row["exposed"]) == 1}
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """The files of a closed day that hold exposures."""
+    return sorted(folder.glob("*.parquet"))
 
 
 def _chunks(exposures: Iterator[dict[str, Any]], opened: Mapping[str, _Open]) -> Iterator[pa.Table]:

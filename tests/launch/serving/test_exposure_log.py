@@ -150,14 +150,18 @@ def test_outcomes_of_responses(tmp_path: Path) -> None:
         Joined.UNKNOWN_REQUEST,
         Joined.UNKNOWN_REQUEST,
     ]
-    clock.now = NOON + WINDOW + 1
-    # Late before its day is closed, and after.
-    assert log.join([Response(request_id=two, item=4, value=1.0), said[4]]) == [Joined.LATE, Joined.UNKNOWN_REQUEST]
-    clock.now += 2 * 86_400
+    # While its day is open a response is in time, and afterwards it is kept beside the day.
+    clock.now = NOON + 43_200 + WINDOW - 1
+    assert log.join([Response(request_id=two, item=4, value=0.5)]) == [Joined.JOINED]
+    clock.now += 1
     log.close_days()
-    assert log.join([Response(request_id=two, item=4, value=1.0)]) == [Joined.LATE]
-    assert len((tmp_path / ".serving" / "late.jsonl").read_text().splitlines()) == 2
-    assert read_feedback(tmp_path, CHECKS).table["response"].to_pylist() == [[1.0], [0.0, 0.0]]
+    late = [Response(request_id=two, item=5, value=1.0), said[0], said[4]]
+    assert log.join([*late, said[5]]) == [Joined.LATE, Joined.LATE, Joined.LATE, Joined.UNKNOWN_REQUEST]
+    assert opened(tmp_path, clock).join(late[:1]) == [Joined.LATE]
+    assert len(list((tmp_path / f"day={DAY}" / "responses").glob("*.parquet"))) == 2
+    read = read_feedback(tmp_path, CHECKS)
+    assert read.table["response"].to_pylist() == [[1.0], [0.5, 1.0]]
+    assert read.counts["response_without_request"] == 1
     assert outcomes_by_kind([Joined.LATE])["late"] == 1
 
 
