@@ -21,11 +21,14 @@ from launch.continual.cycle import Cycle, begin_registry
 from launch.continual.files import Files
 from launch.continual.lock import writing
 from launch.continual.log_folder import LogFolder
+from launch.continual.metrics import MetricsSettings
+from launch.continual.observer import Observer
 from launch.continual.reasons import Decision, Reason
 from launch.continual.recipe_updater import MeasureSettings, RecipeUpdater
 from launch.continual.registry import Registry
 from launch.continual.results import Result
 from launch.continual.settings import ServiceSettings
+from launch.continual.webhook import WebhookSettings
 from trainer.checkpoints import open_model
 from trainer.interruption import Interruption
 from trainer.jobs import PRESETS, Job, RlJob, SftJob
@@ -42,6 +45,10 @@ class ContinualSettings(ServiceSettings):
     """How the held-out rows are measured."""
     poll_s: float = Field(60.0, ge=1)
     """Seconds between two looks at the log."""
+    metrics: MetricsSettings = MetricsSettings()
+    """Metrics for Prometheus."""
+    webhook: WebhookSettings = WebhookSettings()
+    """Who is told of promotions and rejections."""
 
 
 class Section(Settings):
@@ -142,12 +149,14 @@ def serve(job: RlJob | SftJob, settings: ContinualSettings, known: Namespace, fi
         registry = Registry(root, files, create=True)
         if registry.current() is None:
             begin_registry(registry, first_model(job), at=time.time())
-        while True:
-            results = cycle(registry).run(first_day)
-            tell(results)
-            stopped = any(told.reason is Reason.INTERRUPTED for one in results for told in one.reasons)
-            if known.once or stopped or not waited(settings.poll_s):
-                return results
+        with Observer(registry, settings.metrics, settings.webhook) as observer:
+            while True:
+                results = cycle(registry).run(first_day)
+                tell(results)
+                observer.looked(results)
+                stopped = any(told.reason is Reason.INTERRUPTED for one in results for told in one.reasons)
+                if known.once or stopped or not waited(settings.poll_s):
+                    return results
 
 
 def first_model(job: RlJob | SftJob) -> Path:
