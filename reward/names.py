@@ -75,6 +75,8 @@ class StepMetric(StrEnum):
     """Prefix of the mean of each source, unweighted: reward/part/item_match."""
     REWARD_FAIL = "reward_fail"
     """Prefix of the failed groups by reason: reward_fail/timeout."""
+    GATE_FAIL = "gate_fail"
+    """Prefix of the groups that the gate has no ranker scores for, by reason: gate_fail/timeout."""
     REWARD_REQUESTS = "system/reward_requests"
     """Calls of the reward service since this start, attempts included: a continued run counts anew."""
 

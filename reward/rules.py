@@ -48,7 +48,8 @@ def percentile(score_PG: FloatArray, valid_PG: BoolArray) -> FloatArray:
 def below_lowest(score_PG: FloatArray, known_PG: BoolArray, valid_PG: BoolArray) -> FloatArray:
     """Scores in which a valid completion that is no item gets the lowest of its group minus one deviation of it.
 
-    The deviation is the population's over the members with a score; a group without one gets 0.
+    The deviation is the population's over the members with a score; a group without one gets 0. Infinite where float32
+    cannot hold it.
 
     Source: methods.md section 2, "Invalid IDs".
     """
@@ -58,4 +59,5 @@ def below_lowest(score_PG: FloatArray, known_PG: BoolArray, valid_PG: BoolArray)
     deviation_P1 = np.sqrt((np.where(known_PG, score - mean_P1, 0) ** 2).sum(1, keepdims=True) / count_P1)
     lowest_P1 = np.where(known_PG, score_PG, np.inf).min(1, keepdims=True)
     below_P1 = np.where(known_PG.any(1, keepdims=True), lowest_P1 - deviation_P1, 0.0)
-    return np.where(valid_PG & ~known_PG, below_P1, score_PG).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.where(valid_PG & ~known_PG, below_P1, score_PG).astype(np.float32)

@@ -8,7 +8,7 @@ Suffixes: `_P` prompt, `_G` group member.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,12 +61,13 @@ class RewardScorer:
         if self.client is not None:
             parts[RANKER_SCORE], failure_P = self._ranker_part(self.client, prompts, item_PG, valid_PG)
             weights[RANKER_SCORE] = self.settings.ranker_score
+        total_PG = weighted_sum(parts, weights)
+        overflow_P = ~np.isfinite([total_PG, *parts.values()]).all((0, 2)) & (failure_P == RewardFailure.NONE.value)
+        failure_P = np.where(overflow_P, RewardFailure.NON_FINITE.value, failure_P)
         failed_P1 = (failure_P != RewardFailure.NONE.value)[:, None]
         parts = {name: np.where(failed_P1, 0, part).astype(np.float32) for name, part in parts.items()}
-        total_PG = np.zeros(valid_PG.shape, np.float64)
-        for name, part in parts.items():
-            total_PG += weights[name] * part.astype(np.float64)
-        scored = ScoredGroups(groups=groups, reward_PG=total_PG.astype(np.float32), failure_P=failure_P, parts_PG=parts)
+        total_PG = np.where(failed_P1, 0, total_PG).astype(np.float32)
+        scored = ScoredGroups(groups=groups, reward_PG=total_PG, failure_P=failure_P, parts_PG=parts)
         metrics = reward_metrics(scored)
         if self.client is not None:
             metrics[StepMetric.REWARD_REQUESTS.value] = float(self.client.requests)
@@ -119,6 +120,13 @@ class RewardScorer:
         elif self.settings.ranker_transform is RankerTransform.PERCENTILE:
             score_PG = percentile(score_PG, valid_PG)
         return score_PG, result.failure_N
+
+
+def weighted_sum(parts: Mapping[str, FloatArray], weights: Mapping[str, float]) -> FloatArray:
+    """Sum of the parts times their weights; not finite where float32 cannot hold it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total_PG = sum((weights[name] * part.astype(np.float64) for name, part in parts.items()), start=np.float64(0))
+        return np.asarray(total_PG, np.float32)
 
 
 def reward_metrics(scored: ScoredGroups) -> dict[str, float]:

@@ -203,17 +203,20 @@ def gate_weights(open_P: Bool[Tensor, " P"], norm: GateNorm) -> Float[Tensor, " 
     return weight_P
 
 
-def gate_metrics(parts: GateParts, open_P: Tensor) -> dict[str, float]:
-    """Rates over the whole batch, and the ranks of the ground truth where it has some."""
+def gate_metrics(parts: GateParts, open_P: Tensor, gate: Gate) -> dict[str, float]:
+    """Rates over the whole batch, and the ranks of the ground truth where it has some; of what the gate asks alone."""
     known_P = parts.known_P
     metrics = {
         "gate/open": float(open_P.double().mean()),
         "gate/hard": float(parts.hard_P.double().mean()),
-        "gate/head": float(parts.head_P.double().mean()),
-        "gate/tail": float(parts.tail_P.double().mean()),
         "gate/known": float(known_P.double().mean()),
     }
+    if gate.asks_ranker:
+        metrics["gate/head"] = float(parts.head_P.double().mean())
+    if gate.asks_negatives:
+        metrics["gate/tail"] = float(parts.tail_P.double().mean())
     if known_P.any():
         metrics["gate/rank_policy"] = float(parts.rank_policy_P[known_P].double().mean())
-        metrics["gate/rank_ranker"] = float(parts.rank_ranker_P[known_P].double().mean())
+        if gate.asks_ranker:
+            metrics["gate/rank_ranker"] = float(parts.rank_ranker_P[known_P].double().mean())
     return metrics

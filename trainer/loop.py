@@ -36,6 +36,7 @@ from data.feed import Feed
 from data.feedback import Anchors
 from data.records import BoolArray, FloatArray, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
+from reward.names import StepMetric, count_by_reason
 from reward.scoring import ITEM_MATCH, RewardScorer
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
 from trainer.batch_signals import (
@@ -145,7 +146,8 @@ class RlLoop(TrainingLoop):
         groups = scored.groups
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         with self.timer.phase("reward"):
-            scored, ranker = self._gate_scores(prompts, scored)
+            scored, ranker, told = self._gate_scores(prompts, scored)
+            metrics |= told
         with self.timer.phase("objective"):
             rollouts = Completions.of_groups(prompts, groups)
             negative_PN = self._random_negatives(prompts, scored, step)
@@ -249,15 +251,17 @@ class RlLoop(TrainingLoop):
         measured = None if noise is None else Gap(mean=noise["mean"], max=noise["max"])
         return gap_limit(self.job.learner.dtype.value, measured, settings.noise_factor)
 
-    def _gate_scores(self, prompts: Sequence[Prompt], scored: ScoredGroups) -> tuple[ScoredGroups, RankerScores | None]:
-        """What the gate compares; a prompt without it joins the failed groups.
+    def _gate_scores(
+        self, prompts: Sequence[Prompt], scored: ScoredGroups
+    ) -> tuple[ScoredGroups, RankerScores | None, Metrics]:
+        """What the gate compares; a prompt without it joins the failed groups and is counted by its reason.
 
         Raises:
             RunError: more prompts failed than `reward.max_failed_share` allows.
         """
         gate = self.job.objective.gate
         if not gate.asks_ranker:
-            return scored, None
+            return scored, None, {}
         with self._rewarding:
             found = gate_scores(self.rewards, prompts, scored.groups, gate, seed=self.job.seed)
         failed = found.failure_P != RewardFailure.NONE.value
@@ -269,7 +273,8 @@ class RlLoop(TrainingLoop):
                 f"prompts ({reasons}), more than reward.max_failed_share = {self.job.reward.max_failed_share:g}"
             )
         failure_P = np.where(scored.usable_P, found.failure_P, scored.failure_P)
-        return dataclasses.replace(scored, failure_P=failure_P), found.scores
+        told = count_by_reason(StepMetric.GATE_FAIL, RewardFailure, found.failure_P)
+        return dataclasses.replace(scored, failure_P=failure_P), found.scores, told
 
     def _random_negatives(self, prompts: Sequence[Prompt], scored: ScoredGroups, step: int) -> IntArray | None:
         """Random items in place of the rollouts that missed; None where the recipe does not want them."""

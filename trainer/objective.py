@@ -330,7 +330,7 @@ def _gate(
         gate=gate,
     )
     open_P = gate_decisions(parts, has_truth_P, gate, seed=seed, step=step)
-    return gate_weights(open_P, gate.norm), gate_metrics(parts, open_P)
+    return gate_weights(open_P, gate.norm), gate_metrics(parts, open_P, gate)
 
 
 def _nll_weights(members: Members) -> Float[Tensor, "P G T"]:

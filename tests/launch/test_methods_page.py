@@ -1,5 +1,5 @@
-"""Contract: every file, key, recipe and test that docs/methods.md names is there, and every switch of the objective is
-on the page.
+"""Contract: every file, key, recipe and test that docs/methods.md names is there, and every switch of the objective and
+every metric of a stage is on the page.
 
 Not checked here: that the formulas are right; the tests that the page names check them.
 """
@@ -47,3 +47,27 @@ def test_recipes_exist() -> None:
     assert len(recipes) > 15
     for name in recipes:
         assert (ROOT / "launch" / "recipes" / f"{name}.yaml").is_file(), name
+
+
+def test_every_metric_of_a_stage_is_on_the_page() -> None:
+    literals = {
+        word
+        for file in {word for word in QUOTED if re.fullmatch(r"trainer/\w+\.py", word)}
+        for word in metric_names(ROOT / file)
+    }
+    assert {"gate/open", "anchor/effective_size", "window/mass/N", "advantage/sum", "refill/extra_prompts"} <= literals
+    on_the_page = set(QUOTED)
+    elsewhere = {name for name in literals if name.startswith(("policy_gap/", "tokens/", "loss/", "staleness/"))}
+    elsewhere |= {"weight_version/oldest", "completion/absent_share", "time/ahead/N"}
+    assert literals - elsewhere <= on_the_page, literals - elsewhere - on_the_page
+
+
+def metric_names(path: Path) -> set[str]:
+    """Literal `group/name` strings of a file; what an f-string fills in is an N."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        texts = [part.value if isinstance(part, ast.Constant) else "N" for part in parts]
+        if all(isinstance(text, str) for text in texts):
+            found.add("".join(map(str, texts)))
+    return {name for name in found if re.fullmatch(r"[a-z_]+(/[a-z_N]+)+", name)}

@@ -122,6 +122,24 @@ def test_a_failed_group_is_masked_with_its_reason_and_has_no_reward() -> None:
     assert metrics["reward/mean"] == pytest.approx(scored.reward_PG[1:][VALID[1:]].mean())
 
 
+@pytest.mark.parametrize("settings", [{"ranker_score": 1000.0}, {"ranker_score": 1.0, "invalid_score": "below_lowest"}])
+def test_a_reward_that_float32_cannot_hold_fails_its_group(settings: dict[str, Any]) -> None:
+    """The ranker's scores are finite, their weighted sum or the score below the lowest of them is not."""
+
+    def attempt(call: ScoreCall, deadline_s: float) -> BatchScores:
+        scores = plain_scores(call.histories(), call.candidates())
+        scores[0] = np.array([-3.4e38, 3.4e38], np.float32)
+        return BatchScores(scores=scores, failure_N=np.full(len(call), "", "U16"))
+
+    given = RewardSettings(ranker="x", retries=0, **settings)
+    scored, metrics = RewardScorer(given, RewardClient(attempt, given)).score(prompts(), groups())
+    assert scored.failure_P.tolist() == ["non_finite", "", ""]
+    assert not scored.reward_PG[0].any()
+    assert np.isfinite(scored.reward_PG).all()
+    assert metrics["reward_fail/non_finite"] == 1
+    assert np.isfinite(metrics["reward/mean"])
+
+
 def test_all_groups_failed_gives_no_reward_metrics() -> None:
     attempt = Recorder(dict.fromkeys(range(3), RewardFailure.UNAVAILABLE))
     _, metrics = scorer(attempt, ranker_score=1.0).score(prompts(), groups())

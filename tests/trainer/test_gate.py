@@ -249,12 +249,34 @@ def test_norms() -> None:
     assert not gate_weights(torch.zeros(3, dtype=torch.bool), GateNorm.OPEN).any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        (GateKind.RANDOM, set()),
+        (GateKind.HEAD, {"gate/tail"}),
+        (GateKind.HARD, {"gate/head", "gate/tail", "gate/rank_ranker"}),
+    ],
+)
+def test_parts_that_the_gate_does_not_ask_for_have_no_rate(kind: GateKind, absent: set[str]) -> None:
+    opened = torch.ones(6, dtype=torch.bool)
+    everything = gate_metrics(some_parts(), opened, Gate(kind=GateKind.ADAGRPO))
+    assert everything.keys() - gate_metrics(some_parts(), opened, Gate(kind=kind)).keys() == absent
+
+
 def test_metrics_and_length_norm() -> None:
     parts = some_parts()
-    metrics = gate_metrics(parts, parts.hard_P & parts.head_P & parts.tail_P)
-    assert metrics["gate/open"] == pytest.approx(1 / 6)
-    assert metrics["gate/hard"] == 0.5
-    assert metrics["gate/rank_policy"] == 2.0
+    metrics = gate_metrics(parts, parts.hard_P & parts.head_P & parts.tail_P, Gate(kind=GateKind.ADAGRPO))
+    assert metrics == pytest.approx(
+        {
+            "gate/open": 1 / 6,
+            "gate/hard": 1 / 2,
+            "gate/head": 1 / 2,
+            "gate/tail": 2 / 3,
+            "gate/known": 5 / 6,
+            "gate/rank_policy": 2.0,
+            "gate/rank_ranker": 2.0,
+        }
+    )
     segment = torch.tensor([[[0, 0], [0, PADDING]]])
     short = Members(
         valid_PG=torch.tensor([[True, True]]), kind_PG=torch.zeros(1, 2, dtype=torch.int64), segment_PGT=segment

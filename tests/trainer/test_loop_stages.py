@@ -63,11 +63,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 class FakeRanker:
-    """Scores by a hash of history and item; fails every sample from a call on."""
+    """Scores by a hash of history and item; fails every sample from a call on, and the first sample of one call."""
 
-    def __init__(self, fails_from: int = 10**6) -> None:
+    def __init__(self, fails_from: int = 10**6, *, broken_call: int = 0) -> None:
         self.calls = 0
         self.fails_from = fails_from
+        self.broken_call = broken_call
 
     def __call__(self, call: ScoreCall, deadline_s: float) -> BatchScores:
         self.calls += 1
@@ -75,7 +76,10 @@ class FakeRanker:
             return BatchScores.failed(len(call), RewardFailure.BAD_REQUEST)
         pairs = zip(call.histories(), call.candidates(), strict=True)
         scores = [((items * 7919 + int(history.sum())) % 31).astype(np.float32) for history, items in pairs]
-        return BatchScores(scores=scores, failure_N=np.full(len(call), "", "U16"))
+        failure_N = np.full(len(call), "", "U16")
+        if self.calls == self.broken_call:
+            failure_N[0] = RewardFailure.NON_FINITE.value
+        return BatchScores(scores=scores, failure_N=failure_N)
 
 
 def build(world: World, name: str, *, ranker: FakeRanker | None = None, **arguments: Any) -> RlLoop:
@@ -196,3 +200,14 @@ def test_a_gate_without_scores_stops_the_run_after_a_checkpoint(world: World) ->
     with pytest.raises(RunError, match=r"step 2: the gate has no ranker scores for 8 of 8 prompts \(bad_request\)"):
         loop.run()
     assert 1 in host_of(loop).saved
+
+
+def test_a_prompt_that_the_gate_has_no_scores_for_is_masked_and_counted_by_its_reason(world: World) -> None:
+    limits = world.job.limits.model_copy(update={"max_steps": 1})
+    loop = build(world, "partly", ranker=FakeRanker(broken_call=2), limits=limits)
+    loop.run()
+    metrics = host_of(loop).steps[1]
+    assert metrics["gate_fail/non_finite"] == 1
+    assert metrics["gate_fail/timeout"] == 0
+    assert metrics["reward_fail/non_finite"] == 0
+    assert metrics["groups/scored_share"] == pytest.approx(7 / 8)
