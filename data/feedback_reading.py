@@ -341,7 +341,10 @@ def _check_shares(folder: Path, counts: dict[str, int], rows: int, checks: Feedb
     if rows and bad > checks.max_bad_share * rows:
         raise RequestError(str(folder), f"{bad} of {rows} rows are bad ({told})", f"at most {checks.max_bad_share:.0%}")
     if sum(counts.values()) == rows:
-        raise RequestError(str(folder), f"none of {rows} rows can be used ({told or 'no rows'})", "at least one row")
+        legal = "at least one row"
+        if counts[FeedbackFault.BEAM_EXPOSURE]:
+            legal += " whose exposure was drawn (sample, mixture): a beam has no propensity, which SNIPS and IPS need"
+        raise RequestError(str(folder), f"none of {rows} rows can be used ({told or 'no rows'})", legal)
 
 
 def _read_day(folder: Path) -> pa.Table:

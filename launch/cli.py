@@ -122,6 +122,11 @@ COMMANDS: dict[str, Command] = {
         summary="time whole RL steps against TRL's GRPOTrainer",
         answers=True,
     ),
+    "bench stages": Command(
+        target="launch.bench.stages:stages_command",
+        summary="time the objective's stages within a learner's step",
+        answers=True,
+    ),
     "bench sync": Command(
         target="launch.bench.sync:sync_command",
         summary="time a push of the weights against a plain copy",

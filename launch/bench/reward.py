@@ -25,6 +25,7 @@ from launch.bench.settings import BenchSettings, Device
 from launch.bench.swaps import swap_figures
 from reward.batch_scoring import BatchScores, score_batch
 from reward.client import RewardClient
+from reward.ranker import Ranker
 from reward.sasrec import SASRec, SASRecRanker, SASRecShape
 from reward.scoring import RewardScorer
 from reward.settings import RankerTransform, RewardSettings
@@ -100,7 +101,7 @@ def reward_command(
     return {"lists_per_s": settings.prompts / filled["seconds"]["median"], **filled}
 
 
-def scorer(settings: RewardSettings, ranker: SASRecRanker, chunk: int) -> RewardScorer:
+def scorer(settings: RewardSettings, ranker: Ranker, chunk: int) -> RewardScorer:
     """The reward path of a job around a ranker in this process."""
 
     def attempt(call: ScoreCall, deadline_s: float) -> BatchScores:

@@ -9,7 +9,7 @@ Same model, prompts, type, threads and number of completions; no reference model
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,23 +19,15 @@ import tyro
 
 from data.catalogue import Catalogue
 from data.errors import RequestError
-from data.feed import Feed
 from launch.bench.ceiling import causal_pairs, matmul_ceiling_tflops
 from launch.bench.child import Child, Functions
 from launch.bench.frame import Way, answer, paired
 from launch.bench.models import BenchModel, bench_model
 from launch.bench.settings import BenchSettings
-from launch.bench.step_job import StepBench, prompt_builder, random_samples
+from launch.bench.step_job import StepBench, random_samples
 from launch.bench.trl_way import TrlOptions, build_trl
-from reward.failures import FailureTracker
-from reward.scoring import RewardScorer
 from rollout import vllm_internals
-from rollout.channel import WeightChannel
-from rollout.peers import LocalPeer
-from rollout.probe import item_probe
 from trainer.initial_model import CATALOGUE
-from trainer.learner_group import LearnerGroup
-from trainer.run_state import RunState
 
 ROWS_PER_PASS: Final = (16,)
 """Rows of a forward pass of TRL that are tried, beside all in one; the fastest options are what we compare with."""
@@ -108,65 +100,17 @@ def step_work(settings: BenchSettings, model: BenchModel) -> tuple[int, float]:
     return settings.prompts * tokens, settings.prompts * forward * 4
 
 
-class _Host:
-    """The surroundings of the loop: a weight channel, and nothing on disk."""
-
-    def __init__(self, channel: WeightChannel) -> None:
-        self._channel = channel
-
-    def push(self, version: int) -> dict[str, float]:
-        """See `trainer.training_loop.Host`."""
-        self._channel.push(version)
-        return {}
-
-    def evaluate(self, step: int) -> None:
-        """A benchmark evaluates nothing."""
-
-    def save(self, state: RunState, keep: Callable[[Path], None]) -> None:
-        """A benchmark keeps nothing."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A benchmark logs nothing."""
-
-    def interrupted(self) -> bool:
-        """It runs to its end."""
-        return False
-
-
 def build_ours(settings: StepBench, hf_dir: Path) -> Functions:
     """The loop of a job, with everything in this process."""
     from transformers import AutoConfig
 
-    from data.trie_constraint import TrieConstraint
-    from rollout.engine import build_engine
-    from trainer.loop import RlLoop
+    from launch.bench.local_loop import local_loop
 
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
     job = settings.job(catalogue.trie().depth, AutoConfig.from_pretrained(hf_dir).max_position_embeddings)
-    engine = build_engine(job.rollout, hf_dir)
-    constraint = TrieConstraint(catalogue.trie(), exclude=True)
-    learners = LearnerGroup.local(job.learner, hf_dir, constraint, seed=job.seed, total_steps=1_000_000)
-    channel = WeightChannel(
-        settings=job.weights,
-        source=learners.source,
-        engines={engine.engine_id: LocalPeer(engine.engine_id, engine)},
-        probe=item_probe([catalogue.tokens(item) for item in range(catalogue.n_items)], bos=catalogue.vocabulary.bos),
-        dtype=job.learner.dtype.value,
-    )
-    channel.push(0)
-    builder = prompt_builder(job, catalogue)
-    loop = RlLoop(
-        settings=job,
-        job=job,
-        host=_Host(channel),
-        state=RunState(),
-        feed=Feed(random_samples(settings, catalogue), builder, settings.prompts, settings.seed, fingerprint="bench"),
-        rollouts=engine,
-        rewards=RewardScorer(job.reward, None),
-        learners=learners,
-        tracker=FailureTracker(job.reward),
-        catalogue=catalogue,
-    )
+    stack = ExitStack()
+    loop, engine = stack.enter_context(local_loop(job, hf_dir, catalogue, random_samples(settings, catalogue)))
+    learners = loop.learners
     last: dict[str, float] = {}
 
     def step() -> None:
@@ -186,12 +130,7 @@ def build_ours(settings: StepBench, hf_dir: Path) -> Functions:
             },
         }
 
-    def close() -> None:
-        loop.close()
-        learners.close()
-        engine.close()
-
     def told() -> dict[str, Any]:
         return job.model_dump(mode="json", include={"learner", "rollout", "objective", "weights", "policy_gap"})
 
-    return {"step": step, "facts": facts, "settings": told, "close": close}
+    return {"step": step, "facts": facts, "settings": told, "close": stack.close}

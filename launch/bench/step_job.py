@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from pydantic import Field
@@ -27,40 +27,45 @@ class StepBench(BenchSettings):
     lr: float = Field(1e-6, gt=0)
     """Learning rate of both."""
 
-    def job(self, levels: int, max_positions: int) -> RlJob:
-        """The job of which our way takes steps."""
-        return RlJob.model_validate(
-            {
-                "job": "rl",
-                "seed": self.seed,
-                "data": {
-                    "dataset": "bench",
-                    "history": -(-self.prompt_len // levels),
-                    "max_prompt_tokens": self.prompt_len,
-                    "exclude_seen": False,
-                },
-                "batch_prompts": self.prompts,
-                "limits": {"max_steps": 1_000_000},
-                "learner": {
-                    "zero_stage": 1,
-                    "dtype": self.dtype.value,
-                    "device": self.device.value,
-                    "row_tokens": -(-(self.prompt_len + levels) // 16) * 16,
-                    "token_budget": max(self.token_budget, -(-(self.prompt_len + levels) // 16) * 16),
-                    "threads": self.threads,
-                    "lr": self.lr,
-                },
-                "rollout": {
-                    "dtype": self.dtype.value,
-                    "width": self.group,
-                    "shard_size": self.prompts,
-                    "max_model_len": min(self.prompt_len + levels, max_positions),
-                    "threads": self.threads,
-                    "gpus": 1.0 if self.device is Device.CUDA else 0.0,
-                },
-                "objective": {"beta": 0.0},
-            }
-        )
+    def job(self, levels: int, max_positions: int, **sections: Any) -> RlJob:
+        """The job of which our way takes steps.
+
+        Args:
+            sections: put over those of the job, one level deep.
+        """
+        content: dict[str, Any] = {
+            "job": "rl",
+            "seed": self.seed,
+            "data": {
+                "dataset": "bench",
+                "history": -(-self.prompt_len // levels),
+                "max_prompt_tokens": self.prompt_len,
+                "exclude_seen": False,
+            },
+            "batch_prompts": self.prompts,
+            "limits": {"max_steps": 1_000_000},
+            "learner": {
+                "zero_stage": 1,
+                "dtype": self.dtype.value,
+                "device": self.device.value,
+                "row_tokens": -(-(self.prompt_len + levels) // 16) * 16,
+                "token_budget": max(self.token_budget, -(-(self.prompt_len + levels) // 16) * 16),
+                "threads": self.threads,
+                "lr": self.lr,
+            },
+            "rollout": {
+                "dtype": self.dtype.value,
+                "width": self.group,
+                "shard_size": self.prompts,
+                "max_model_len": min(self.prompt_len + levels, max_positions),
+                "threads": self.threads,
+                "gpus": 1.0 if self.device is Device.CUDA else 0.0,
+            },
+            "objective": {"beta": 0.0},
+        }
+        for name, value in sections.items():
+            content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+        return RlJob.model_validate(content)
 
 
 def random_samples(settings: StepBench, catalogue: Catalogue) -> Samples:

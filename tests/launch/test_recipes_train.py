@@ -1,5 +1,6 @@
 """Contract: `windlass train NAME` trains every recipe for a few steps through the real fleet (Ray, vLLM, DeepSpeed) on
-a small world, with what its header asks for before it; the clips of the recipes with several minibatches act.
+a small world, with what its header asks for before it; every step tells the metrics of the recipe's stages; the clips
+of the recipes with several minibatches act.
 
 Not checked: what the methods do (tests/trainer) and how good the models are (docs/results.md). A recipe's sizes and
 places are replaced, its method is not.
@@ -19,7 +20,11 @@ from launch.config import load_job, recipe_header, recipe_names, recipe_path
 from tests.requirements import require
 from tests.small_world import read_steps, windlass, write_dataset
 from trainer.gate import GateKind
+from trainer.group_settings import Refill
 from trainer.jobs import CriticJob, PolicyJobSettings, RankerJob, RlJob
+from trainer.tempering import TemperingMode
+from trainer.truncation import TruncationLevel
+from trainer.window import WindowKind
 
 STEPS = 3
 CLIPPING = ("dapo", "dr_grpo", "gspo")
@@ -146,6 +151,9 @@ def check_rl(name: str, job: RlJob, steps: list[dict[str, Any]], summary: dict[s
     assert [step["weight_version"] for step in steps] == list(range(STEPS))
     assert all(step["policy_gap/mean"] < 1e-4 and step["reward/failed_share"] == 0 for step in steps)
     assert (summary["reward"]["requests"] > 0) == (job.reward.ranker is not None)
+    for step in steps:
+        missing = logged(job) - {metric for metric, value in step.items() if value is not None}
+        assert not missing, missing
     if job.objective.gate.kind is not GateKind.NONE:
         assert all(0 <= step["gate/open"] <= 1 for step in steps)
     if job.feedback is not None:
@@ -153,6 +161,30 @@ def check_rl(name: str, job: RlJob, steps: list[dict[str, Any]], summary: dict[s
     if name in CLIPPING:
         shares = [step["ratio/clip_high_share"] + step["ratio/clip_low_share"] for step in steps]
         assert max(shares) > 0
+
+
+def logged(job: RlJob) -> set[str]:
+    """Metrics that every step of the job must have."""
+    objective = job.objective
+    names = {"groups/live_share", "groups/zero_variance_share", "advantage/sum"}
+    if not objective.credit.of_lists:
+        names.add("groups/no_hit_share")
+    names |= {"policy_gap/mean", "legal_mass", "ratio/clip_high_share", "ratio/clip_low_share", "time/objective"}
+    if objective.gate.kind is not GateKind.NONE:
+        names |= {"gate/open", "gate/hard"}
+    if objective.gate.asks_negatives:
+        names |= {"gate/head", "gate/tail", "gate_fail/timeout"}
+    if job.feedback is not None:
+        names |= {"anchor/weight_mean", "anchor/weight_max", "anchor/effective_size", "anchor/silent_share"}
+    if objective.tempering.mode is not TemperingMode.NONE:
+        names |= {"tempering/mean", "tempering/confidence"}
+    if objective.window.kind is not WindowKind.NONE:
+        names |= {"window/mass/0", "window/mass/4", "window/clamped_groups"}
+    if objective.truncation.level is not TruncationLevel.NONE:
+        names |= {"truncation/mean", "truncation/limited_share"}
+    if job.group.refill is not Refill.NONE:
+        names |= {"refill/dropped_groups", "refill/extra_prompts", "refill/missing_groups"}
+    return names
 
 
 def test_headers_say_what_to_run_before() -> None:

@@ -24,6 +24,11 @@ def curious(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:
     return torch.ones(members.valid_PG.shape)
 
 
+def member_by_member(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:
+    """A loop in Python over the members of a group: right, but slow."""
+    return torch.stack([torch.ones_like(advantage_G) for advantage_G in advantage_PG.unbind(1)], 1)
+
+
 def negative(members: Members, signals: Signals, advantage_PG: Tensor) -> Tensor:
     """A wrong sign."""
     return -torch.ones(members.valid_PG.shape)
