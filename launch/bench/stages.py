@@ -71,7 +71,7 @@ def stages_command(
         if settings.group > model.catalogue.n_items:
             raise RequestError("--group", settings.group, f"4 to {model.catalogue.n_items}, the items of the catalogue")
         steps = {
-            name: _Steps(settings, model, sections, stack) for name, sections in (("ours", EVERY_STAGE), ("plain", {}))
+            name: Steps(settings, model, sections, stack) for name, sections in (("ours", EVERY_STAGE), ("plain", {}))
         }
         ways = {name: _way(taken, settings, model) for name, taken in steps.items()}
         seconds = paired(ways, settings.repeats)
@@ -87,7 +87,7 @@ def stages_command(
     )
 
 
-class _Steps:
+class Steps:
     """Steps of one job, with the seconds of their phases and their metrics."""
 
     def __init__(self, settings: StagesBench, model: BenchModel, sections: Mapping[str, Any], stack: ExitStack) -> None:
@@ -102,11 +102,11 @@ class _Steps:
         self._settings = settings
         self._loop: RlLoop = stack.enter_context(entered)[0]
         self._times: list[dict[str, float]] = []
-        self._metrics: list[dict[str, float]] = []
+        self.metrics: list[dict[str, float]] = []
 
     def take(self) -> None:
         """Take one step."""
-        self._metrics.append(self._loop.step())
+        self.metrics.append(self._loop.step())
         self._times.append(self._loop.timer.take())
 
     def phases(self) -> dict[str, float]:
@@ -119,7 +119,7 @@ class _Steps:
 
     def sound(self) -> bool:
         """Whether every step trained on all groups and told what its stages did."""
-        job, found = self._loop.job, self._metrics[-1]
+        job, found = self._loop.job, self.metrics[-1]
         wanted = {"groups/live_share", "advantage/sum"}
         if job.feedback:
             wanted |= {"gate/tail", "anchor/effective_size", "tempering/mean", "window/mass/1", "truncation/mean"}
@@ -131,7 +131,7 @@ class _Steps:
         return self._loop.job.model_dump(mode="json", include={"learner", "rollout", "objective", "reward"})
 
 
-def _way(steps: _Steps, settings: StagesBench, model: BenchModel) -> Way:
+def _way(steps: Steps, settings: StagesBench, model: BenchModel) -> Way:
     local = Local(steps.take)
     return Way(
         time=local.time,
