@@ -172,7 +172,6 @@ def test_rules_alone_need_no_service_and_a_ranker_needs_one() -> None:
     [
         ({"ranker_score": 1.0}, "a ranker or reward.url"),
         ({"ranker": "x", "url": "http://y"}, "none with reward.ranker set"),
-        ({"item_match": 0.0, "rank_penalty": 0.0}, "a weight other than 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -34,6 +34,7 @@ def job(**sections: Any) -> RlJob:
 @pytest.mark.parametrize(
     ("sections", "where", "why"),
     [
+        ({"reward": {"item_match": 0.0, "rank_penalty": 0.0}}, "reward.item_match", "a weight other than 0"),
         ({"objective": RANDOM}, "objective.window.negatives", "no beam rank"),
         ({"objective": RANDOM, "reward": {**MATCH, "ranker_score": 1.0, "ranker": "x"}}, "negatives", "no score"),
         (
