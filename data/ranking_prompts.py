@@ -165,11 +165,14 @@ class RankingPromptBuilder:
         """Numbers of the needs that training takes."""
         return [number for number, need in enumerate(self.needs) if need.name != self.settings.held_out]
 
-    def build(self, samples: ListSamples, needs: Sequence[int] | None = None) -> RankingPromptBatch:
+    def build(
+        self, samples: ListSamples, needs: Sequence[int] | None = None, *, each: bool = False
+    ) -> RankingPromptBatch:
         """Prompts of all samples in their order; a sample has the need of its turn, by its id.
 
         Args:
             needs: numbers of the needs that take turns; one need for evaluation, by default those of training.
+            each: every sample has all of these needs, in their order, in place of one of them.
 
         Raises:
             RequestError: a need for which no sample has a gain, or gains that are not finite numbers from 0.
@@ -179,11 +182,9 @@ class RankingPromptBuilder:
         ranked_NR = self._retrieved(samples)
         drafts = []
         for row in range(len(samples)):
-            need = turns[int(samples.sample_id_N[row]) % len(turns)]
-            draft = self._draft(samples, row, need, None if ranked_NR is None else ranked_NR[row], counts)
-            if draft is not None:
-                drafts.append(draft)
-        with_gains: dict[int, Prompt] = {}
+            chosen = turns if each else [turns[int(samples.sample_id_N[row]) % len(turns)]]
+            drafts += self._drafts(samples, row, chosen, None if ranked_NR is None else ranked_NR[row], counts)
+        with_gains: dict[tuple[int, int], Prompt] = {}
         for need in turns:
             mine = [draft for draft in drafts if draft.need == need]
             kept = self._with_gains(mine, self.needs[need], counts)
@@ -191,7 +192,9 @@ class RankingPromptBuilder:
                 found = f"none of {len(mine)} prompts has a candidate with a gain above the others'"
                 raise RequestError(f"need {self.needs[need].name}", found, "a need that next events have gains for")
             with_gains.update(kept)
-        return RankingPromptBatch(prompts=[with_gains[row] for row in sorted(with_gains)], counts=counts)
+        place = {need: number for number, need in enumerate(turns)}
+        order = sorted(with_gains, key=lambda key: (key[0], place[key[1]]))
+        return RankingPromptBatch(prompts=[with_gains[key] for key in order], counts=counts)
 
     def _retrieved(self, samples: ListSamples) -> IntArray | None:
         if self._retriever is None:
@@ -202,9 +205,10 @@ class RankingPromptBuilder:
         seen = int((samples.end_N - samples.start_N).max(initial=0)) if self._exclude_seen else 0
         return self._retriever(histories, min(self.catalogue.n_items, self.settings.candidates + seen))
 
-    def _draft(
-        self, samples: ListSamples, row: int, need: int, ranked: IntArray | None, counts: dict[str, int]
-    ) -> _Draft | None:
+    def _drafts(
+        self, samples: ListSamples, row: int, needs: Sequence[int], ranked: IntArray | None, counts: dict[str, int]
+    ) -> list[_Draft]:
+        """A draft per need, all with the same candidates; none where the sample gives no prompt."""
         end = int(samples.end_N[row])
         whole = samples.item_E[int(samples.start_N[row]) : end]
         known = (whole >= 0) & (whole < self.catalogue.n_items)
@@ -212,26 +216,29 @@ class RankingPromptBuilder:
         whole = whole[known]
         positive, rating = self._positives(samples, row, whole, counts)
         if not len(positive):
-            counts[RankingCount.NO_POSITIVES] += 1
-            return None
+            counts[RankingCount.NO_POSITIVES] += len(needs)
+            return []
         sample_id = int(samples.sample_id_N[row])
         banned = np.unique(whole) if self._exclude_seen else whole[:0]
         size = self.settings.candidates
         candidates, short = self._filler.fill(positive, size, banned, ranked, (self._seed, sample_id))
         counts[RankingCount.RETRIEVED_FEW] += short
         if len(candidates) < size:
-            counts[RankingCount.FEW_ITEMS] += 1
-            return None
-        prompt = self.prompt(
-            whole,
-            candidates,
-            need,
-            prompt_id=sample_id * len(self.needs) + need,
-            user_id=int(samples.user_id_N[row]),
-            timestamp=int(samples.timestamp_N[row]),
-            counts=counts,
-        )
-        return _Draft(row, need, prompt, candidates, positive, rating)
+            counts[RankingCount.FEW_ITEMS] += len(needs)
+            return []
+        drafts = []
+        for need in needs:
+            prompt = self.prompt(
+                whole,
+                candidates,
+                need,
+                prompt_id=sample_id * len(self.needs) + need,
+                user_id=int(samples.user_id_N[row]),
+                timestamp=int(samples.timestamp_N[row]),
+                counts=counts,
+            )
+            drafts.append(_Draft(row, need, prompt, candidates, positive, rating))
+        return drafts
 
     def _positives(
         self, samples: ListSamples, row: int, whole: IntArray, counts: dict[str, int]
@@ -292,8 +299,10 @@ class RankingPromptBuilder:
             candidates=np.ascontiguousarray(candidates, dtype=np.int32),
         )
 
-    def _with_gains(self, drafts: Sequence[_Draft], need: Need, counts: dict[str, int]) -> dict[int, Prompt]:
-        """Prompts by their rows, without those whose gains say nothing."""
+    def _with_gains(
+        self, drafts: Sequence[_Draft], need: Need, counts: dict[str, int]
+    ) -> dict[tuple[int, int], Prompt]:
+        """Prompts by row and need, without those whose gains say nothing."""
         if not drafts:
             return {}
         size = [len(draft.positive) for draft in drafts]
@@ -322,7 +331,7 @@ class RankingPromptBuilder:
             elif (gain_C == gain_C[0]).all():
                 counts[RankingCount.EQUAL_GAINS] += 1
             else:
-                prompts[draft.row] = replace(draft.prompt, gain_C=gain_C, observed_C=observed_C)
+                prompts[draft.row, draft.need] = replace(draft.prompt, gain_C=gain_C, observed_C=observed_C)
         return prompts
 
 

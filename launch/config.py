@@ -24,6 +24,7 @@ from launch.setting_names import Key, field_at, is_section, keys, kind, near_mis
 from reward.artefact import DESCRIPTION, RankerArtefact
 from reward.service import check_port, check_service
 from trainer.checkpoints import model_folder
+from trainer.critic_job import check_critic
 from trainer.group_dump import dumped_steps
 from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, PolicyJobSettings, RlJob
 from trainer.trackers import check_trackers
@@ -314,11 +315,14 @@ def check_ranker_data(job: RlJob) -> None:
     """Refuse a ranker that was trained on other items: the same numbers would mean other things.
 
     Raises:
-        RequestError: the artefact tells another dataset than the job's.
+        RequestError: the artefact tells another dataset than the job's, or is a critic that a job of lists may not ask.
     """
     if job.reward.ranker is None or not (Path(job.reward.ranker) / DESCRIPTION).is_file():
         return
-    told = RankerArtefact.open(Path(job.reward.ranker)).provenance.get("dataset")
+    artefact = RankerArtefact.open(Path(job.reward.ranker))
+    if job.lists.on:
+        check_critic(artefact, job.lists)
+    told = artefact.provenance.get("dataset")
     own = Dataset.open(job.data.dataset).fingerprint
     if told is not None and told != own:
         raise RequestError(

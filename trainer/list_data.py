@@ -6,7 +6,6 @@ they are left out and counted. It takes about 2 KiB a prompt.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +107,17 @@ class ListData:
         return self._prompts(samples.take(drawn), [self.need_code(need)])
 
     def _prompts(self, samples: ListSamples, needs: Sequence[int]) -> RankingPromptBatch:
-        """Every sample once per need, need by need."""
-        batches = [self.builder.build(samples, [need]) for need in needs]
-        counts: Counter[str] = Counter()
-        for batch in batches:
-            counts.update(batch.counts)
-        return RankingPromptBatch(prompts=[prompt for batch in batches for prompt in batch.prompts], counts={**counts})
+        """Every sample once per need.
+
+        Raises:
+            RequestError: nothing is left, or as the builder.
+        """
+        batch = self.builder.build(samples, needs, each=True)
+        if not batch.prompts:
+            reasons = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in batch.counts.items() if count)
+            legal = "fewer lists.candidates, or data with more items that the users have not seen"
+            raise RequestError("lists", f"no prompt is left ({reasons})", legal)
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from data.errors import RequestError
 from launch.config import load_job, recipe_header, recipe_names, recipe_path, to_mapping
 from trainer.jobs import RlJob
 
-METHODS = ("grpo", "dapo", "dr_grpo", "gspo", "rere", "tawin", "adagrpo", "abpo", "unified")
+METHODS = ("grpo", "dapo", "dr_grpo", "gspo", "rere", "tawin", "adagrpo", "abpo", "flexrec", "unified")
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,6 +71,34 @@ def test_alternatives_of_abpo_differ_in_the_objective_alone() -> None:
     assert {key.split(".")[0] for key in changed} == {"objective", "reward"}
     for key in ("feedback", "init", "data.dataset", "limits.max_steps", "learner.lr"):
         assert key not in differences("abpo", "sft-feedback")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("flexrec", {"lists.train_needs"}),
+        ("flexrec-sequence", {"objective.credit.kind", "objective.credit.ndcg_weight", "objective.ratio"}),
+        ("flexrec-suffix", {"objective.credit.form"}),
+        ("flexrec-all_pairs", {"objective.credit.form"}),
+        ("flexrec-independent", {"objective.credit.form"}),
+        ("flexrec-mean", {"lists.feedback", "reward.ranker"}),
+    ],
+)
+def test_ablations_of_flexrec_change_what_they_name(name: str, changed: set[str]) -> None:
+    assert set(differences("flexrec_universal", name)) == changed
+
+
+def test_uncertainty_is_what_the_last_recipe_of_lists_adds() -> None:
+    changed = differences("flexrec-mean", "flexrec-uncertain")
+    assert changed == {"objective.credit.uncertainty.variance": ("off", "propagated")}
+
+
+def test_recipes_of_lists_name_the_same_lists() -> None:
+    whole = to_mapping(load_job("flexrec_universal"))["lists"]
+    for name in recipe_names():
+        if name.startswith("flexrec"):
+            lists = to_mapping(load_job(name))["lists"]
+            assert lists | {"train_needs": [], "feedback": 1.0} == whole, name
 
 
 def test_mixtures_are_adagrpo_without_a_gate() -> None:

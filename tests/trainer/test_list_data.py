@@ -38,7 +38,7 @@ def settings(**changes: Any) -> ListSettings:
 
 def opened(dataset: Dataset, **changes: Any) -> ListData:
     lists = settings(**changes)
-    data = PromptSettings(dataset=dataset.path, history=6, max_prompt_tokens=64)
+    data = PromptSettings(dataset=dataset.path, history=6, max_prompt_tokens=128)
     return ListData.open(dataset, list_catalogue(Catalogue.build(dataset, "default"), lists), lists, data)
 
 
@@ -148,6 +148,13 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: 
 def test_more_candidates_than_items_are_refused(dataset: Dataset) -> None:
     with pytest.raises(RequestError, match=r"lists\.candidates: 60; legal: at most 48, the different items"):
         opened(dataset, candidates=60)
+
+
+def test_sets_that_the_catalogue_cannot_fill_leave_no_prompt(dataset: Dataset) -> None:
+    # Users have seen some of the 48 items, so no set of 48 others is left.
+    data = opened(dataset, candidates=48)
+    with pytest.raises(RequestError, match=r"lists: no prompt is left \(\d+ .*few items\); legal: fewer lists"):
+        data.evaluation("valid", "interest", 0, 0)
 
 
 def test_needs_are_asked_for() -> None:

@@ -3,7 +3,7 @@
 Checks that the coefficients that reach the learner are those of a plain loop over the items, their swaps and their
 tokens, with multipliers; that a restart continues to the bit; that lists are valid, engine and learner agree and
 metrics are told; that failed estimates mask their prompts and too many stop the run; credit by evaluation; and the
-supervised rows. The critic is a fake. Not checked: the fleet and Ray Serve.
+supervised rows. The critic is a fake. The fleet and Ray Serve: tests/launch/test_list_job.py.
 """
 
 from __future__ import annotations
@@ -137,7 +137,11 @@ def test_advantages_and_multipliers_reach_the_tokens_of_their_items(world: World
     loop.learners.update = updated  # type: ignore[method-assign]
     loop.run()
     batch, found = batches[0], inputs[0]
+    # The tokens of an item share a ratio, so the learner is told which those are.
     assert found.ratio is Ratio.ITEM
+    assert found.segment_PGT is not None
+    assert batch.scored.groups.segment_PGT is not None
+    assert found.segment_PGT.tolist() == batch.scored.groups.segment_PGT.tolist()
     expected = plain_advantages(world, batch, FakeCritic())
     lengths = set()
     for (p, g), by_token in expected.items():
