@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -69,6 +70,9 @@ def continual_command(arguments: list[str]) -> int:
         raise RequestError("--from", first_day, "YYYY-MM-DD")
     if known.json and not known.once:
         raise RequestError("--json", known.json, "with --once")
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(known.registry)):
+        legal = "a local folder: versions appear by rename and are served by a link, which object stores do not have"
+        raise RequestError("--registry", known.registry, legal)
     job, settings = read_continual(known.recipe, overrides, log=known.log, registry=known.registry)
     words = contextlib.redirect_stdout(sys.stderr) if known.json == "-" else contextlib.nullcontext()
     with words:

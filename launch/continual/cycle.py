@@ -329,6 +329,7 @@ class Cycle:
             "pass": one.number,
             "files": {name: facts.digest for name, facts in one.files.items()},
             "counts": dict(one.counts),
+            "policies": self._rows.policies(one),
             "decision": one.decision,
             "reasons": [{"reason": told.reason, "found": told.found} for told in one.reasons],
             "metrics": one.metrics,

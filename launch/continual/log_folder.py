@@ -6,6 +6,7 @@ The log is a local folder or a pyarrow file-system URI. It belongs to its writer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -61,7 +62,7 @@ class Listing:
     promised: Mapping[str, int] = field(default_factory=dict)
     """Rows of each file as `_SUCCESS` tells; empty where it tells nothing."""
     newest_s: float = 0.0
-    """Time of the last change of the exposures."""
+    """Time of the last change of the exposures; infinite on a file system that tells no times."""
 
     @property
     def exposures(self) -> tuple[str, ...]:
@@ -121,17 +122,20 @@ class LogFolder:
         }
         done = [info for info in infos if info.base_name == SUCCESS]
         promised = _promised(self._read(f"{PREFIX}{day}/{SUCCESS}")) if done else {}
-        changed = [int(info.mtime_ns or 0) for info in infos if info.base_name != FOLDER]
+        changed = [info.mtime_ns / 1e9 if info.mtime_ns else math.inf for info in infos if info.is_file]
         return Listing(
-            day=day, files=parquet, success=bool(done), promised=promised, newest_s=max(changed, default=0) / 1e9
+            day=day, files=parquet, success=bool(done), promised=promised, newest_s=max(changed, default=0.0)
         )
 
     def facts(self, listing: Listing, known: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
-        """Digests of the files of a day; those with known size and time of change are not read again."""
+        """Digests of the files of a day; those with known size and time of change are not read again.
+
+        On a file system that tells no times, every file is.
+        """
         found = {}
         for name, (size, modified_ns) in listing.files.items():
             before = known.get(name)
-            if before is not None and (before.bytes, before.modified_ns) == (size, modified_ns):
+            if modified_ns and before is not None and (before.bytes, before.modified_ns) == (size, modified_ns):
                 found[name] = before
             else:
                 digest = self._digest(f"{PREFIX}{listing.day}/{name}")
@@ -219,7 +223,10 @@ def waits_for(listing: Listing, settings: CompletenessSettings, now: float) -> T
         if settings.settle_s is None:
             return Told(reason=Reason.STILL_WRITTEN, found=f"no {SUCCESS}")
         if now < listing.newest_s + settings.settle_s:
-            return Told(reason=Reason.STILL_WRITTEN, found=f"changed {now - listing.newest_s:.0f} s ago")
+            ago = (
+                "at a time that is not told" if math.isinf(listing.newest_s) else f"{now - listing.newest_s:.0f} s ago"
+            )
+            return Told(reason=Reason.STILL_WRITTEN, found=f"changed {ago}")
     absent = sorted(listing.promised.keys() - listing.files.keys())
     if absent:
         return Told(reason=Reason.FILES_MISSING, found=", ".join(absent))

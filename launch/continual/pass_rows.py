@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from data.feedback_reading import FeedbackChecks
 from launch.continual.files import Files
@@ -117,6 +118,12 @@ class PassRows:
         """Row folders that earlier passes left for the next update."""
         done = [one for one in self._journal.passes() if one.state is PassState.DONE]
         return done[-1].carry if done else ()
+
+    def policies(self, one: Pass) -> list[dict[str, Any]]:
+        """The policies that served the rows of a pass: name, version of the registry (none for a trusted one), rows."""
+        versions = {self._registry.version(number).name: number for number in self._registry.numbers()}
+        served = RowReport.read(self.root / one.name).policies
+        return [{"name": name, "version": versions.get(name), "rows": rows} for name, rows in served.items()]
 
     def replayed(self, one: Pass, trained: Sequence[str]) -> dict[str, float]:
         """Sources of earlier promoted updates that join one, and the share of each that is drawn."""

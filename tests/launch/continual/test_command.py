@@ -171,6 +171,7 @@ def test_an_update_follows_a_catalogue_that_has_grown(world: World) -> None:
         (["--once", "--continual.rows.held_out", "2"], "continual.rows.held_out"),
         (["--once", "--job", "ranker"], "job: 'ranker'; legal: rl or sft"),
         (["--limits.max_stepz", "1"], "limits.max_stepz"),
+        (["--once", "--registry", "s3://bucket/registry"], "--registry: s3:/bucket/registry; legal: a local folder"),
     ],
 )
 def test_wrong_requests_are_one_line(
