@@ -12,7 +12,8 @@ leaves lines of a day that is there; the next start compares the requests and re
 | who | waits for whom |
 |---|---|
 | `append`, `join` | one thread of the service calls them, one batch after the other; each waits for the disk |
-| `close_days` | another thread; it takes days that no request and no response can reach any more |
+| `close_days` | another thread; it takes a day out between two batches. Until the day is there its responses are |
+|              | refused, and may be sent again |
 
 Memory: the open requests (id, time, items, responses), some 400 bytes each.
 """
@@ -23,6 +24,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +101,9 @@ class ExposureLog:
         self._clock = clock
         self._base = root / FOLDER
         self._open: dict[str, dict[str, _Open]] = {}
+        self._closing: dict[str, dict[str, _Open]] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._turn = threading.Lock()
         self._latest = 0
         self.torn = 0
         """Lines that a crash had left half-written."""
@@ -138,18 +142,23 @@ class ExposureLog:
         by_day: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             by_day.setdefault(day_of(row["timestamp"]), []).append(row)
-        for day, some in by_day.items():
-            if (self.root / f"day={day}").exists():
-                raise RunError(f"{self.root}/day={day} is there already; it was not written by this service")
-            self._write(day, [{"exposure": row} for row in some])
-            self._remember(day, some)
+        with self._turn:
+            for day, some in by_day.items():
+                if day in self._closing or (self.root / f"day={day}").exists():
+                    raise RunError(f"{self.root}/day={day} is closed, or was not written by this service")
+                self._write(day, [{"exposure": row} for row in some])
+                self._remember(self._open.setdefault(day, {}), some)
 
     def join(self, responses: Sequence[Response]) -> list[Joined]:
         """Keep responses; those that count are on the disk when this returns.
 
         Raises:
-            RunError: the disk refused; sent again, they are joined.
+            RunError: the disk refused, or a day is just being closed; sent again, they are joined.
         """
+        with self._turn:
+            return self._join(responses)
+
+    def _join(self, responses: Sequence[Response]) -> list[Joined]:
         raised: dict[tuple[str, int], float] = {}
         late: dict[str, list[Response]] = {}
         outcomes = []
@@ -202,6 +211,8 @@ class ExposureLog:
         found = self._find(response.request_id)
         if found is None:
             day = _day(response.request_id)
+            if day in self._closing:
+                raise RunError(f"{self.root}/day={day} is just being closed; send the responses again")
             closed = day and day not in self._open and (self.root / f"day={day}").is_dir()
             return (Joined.LATE if closed else Joined.UNKNOWN_REQUEST), -1
         if response.item is None:
@@ -227,8 +238,7 @@ class ExposureLog:
         except OSError as error:
             raise RunError(f"{folder}: {error.strerror or error}; send the responses again") from error
 
-    def _remember(self, day: str, rows: Sequence[dict[str, Any]]) -> None:
-        opened = self._open.setdefault(day, {})
+    def _remember(self, opened: dict[str, _Open], rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             items = tuple(row["exposed"])
             opened[row["request_id"]] = _Open(timestamp=row["timestamp"], items=items, responses=[0.0] * len(items))
@@ -269,16 +279,22 @@ class ExposureLog:
 
     def _recover(self, folder: Path) -> None:
         """Take up the lines of a day, or remove them where the day is closed."""
-        opened: dict[str, _Open] = self._open.setdefault(folder.name, {})
+        opened: dict[str, _Open] = {}
         for kind, record in self._records(folder):
             if kind == "exposure":
-                self._remember(folder.name, [record])
-            else:
-                request_id, slot, value = record
-                opened[request_id].responses[slot] = value
+                self._remember(opened, [record])
+                continue
+            request_id, slot, value = record
+            if request_id not in opened:
+                raise RequestError(
+                    str(folder), f"a response to {request_id}, which is not there", "lines of its request"
+                )
+            opened[request_id].responses[slot] = value
         self._latest = max([self._latest, *(one.timestamp for one in opened.values())])
         day = self.root / f"day={folder.name}"
-        if day.exists():
+        if not day.exists():
+            self._open[folder.name] = opened
+        else:
             there = {
                 request_id
                 for path in _parts_of(day)
@@ -309,31 +325,35 @@ class ExposureLog:
     # --- days ---
 
     def _close(self, day: str) -> int:
-        rows = len(self._open[day])
+        with self._turn:
+            opened = self._closing[day] = self._open.pop(day)
+            file = self._files.pop(day, None)
+            if file is not None:
+                file.close()
         try:
-            write_day(self.root / f"day={day}", self._parts(day))
+            write_day(self.root / f"day={day}", self._parts(day, opened))
+            self._drop(day)
         except OSError as error:
+            with self._turn:
+                self._open[day] = opened
             raise RunError(f"{self.root}/day={day}: {error.strerror or error}; its requests stay open") from error
-        self._drop(day)
-        return rows
+        finally:
+            with self._turn:
+                del self._closing[day]
+        return len(opened)
 
-    def _parts(self, day: str) -> Iterator[pa.Table]:
+    def _parts(self, day: str, opened: Mapping[str, _Open]) -> Iterator[pa.Table]:
         """The rows of a day, a file at a time; only a chunk of them is ever Python objects."""
-        opened = self._open[day]
         exposures = (record for kind, record in self._records(self._base / "open" / day) if kind == "exposure")
         while chunks := list(islice(_chunks(exposures, opened), ROWS_PER_FILE // CHUNK_ROWS)):
             yield pa.concat_tables(chunks)
 
     def _drop(self, day: str) -> None:
-        file = self._files.pop(day, None)
-        if file is not None:
-            file.close()
         folder = self._base / "open" / day
         doomed = folder.with_name(f".{day}.deleted")
         folder.rename(doomed)
         sync_file(folder.parent)
         shutil.rmtree(doomed)
-        self._open.pop(day)
 
 
 def _day(request_id: str) -> str:

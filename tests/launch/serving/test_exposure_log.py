@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import RequestError, RunError
-from data.feedback import day_start
+from data.feedback import day_start, write_day
 from data.feedback_reading import FeedbackChecks, read_feedback
 from launch.continual.log_folder import CompletenessSettings, LogFolder, waits_for
 from launch.serving.exposure_log import ExposureLog, Joined, RequestIds, Response, outcomes_by_kind, time_of
@@ -216,7 +216,7 @@ def test_a_day_that_somebody_else_wrote_is_refused(tmp_path: Path) -> None:
     first = opened(tmp_path, Clock())
     first.append([row(name) for name in names(2)])
     closed_responses(tmp_path)
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="is closed, or was not written"):
         opened(tmp_path, Clock()).append([row(name) for name in names(1, seed=5)])
     other = opened(tmp_path / "other", Clock())
     other.append([row(name) for name in names(3, seed=9)])
@@ -247,6 +247,35 @@ def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert log.join([Response(request_id=one, item=3, value=1.0)]) == [Joined.JOINED]
     log.append([row(three)])
     assert closed_responses(tmp_path) == {one: [1.0], three: [0.0]}
+
+
+def test_a_response_while_its_day_is_closed_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the moment, a response that was taken is in the log."""
+    clock = Clock()
+    log = opened(tmp_path, clock)
+    one, two = names(2)
+    log.append([row(one), row(two)])
+    clock.now = NOON + 2 * 86_400
+    said = [Response(request_id=one, item=3, value=1.0)]
+    refused = []
+
+    def meanwhile(folder: Path, parts: Any) -> dict[str, int]:
+        with pytest.raises(RunError, match="just being closed"):
+            log.join(said)
+        with pytest.raises(RunError, match="is closed"):
+            log.append([row(names(1, seed=4)[0])])
+        refused.append(folder.name)
+        if len(refused) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_day(folder, parts)
+
+    monkeypatch.setattr("launch.serving.exposure_log.write_day", meanwhile)
+    with pytest.raises(RunError, match="its requests stay open"):
+        log.close_days()
+    assert log.join([Response(request_id=two, item=3, value=0.5)]) == [Joined.JOINED]
+    assert log.close_days() == {DAY: 2}
+    assert log.join(said) == [Joined.LATE]
+    assert read_feedback(tmp_path, CHECKS).table["response"].to_pylist() == [[1.0], [0.5]]
 
 
 def test_damage_and_other_formats_stop_the_start(tmp_path: Path) -> None:

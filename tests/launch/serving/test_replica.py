@@ -1,6 +1,7 @@
 """Contract: what the HTTP face answers and refuses, each refusal with its reason, status and count; the row in the log
 is the answer that was given; requests that come together share a call; nothing is answered that is not on the disk; a
-version is followed, a broken one is not, and the rows name the version that served; draining answers what is under way.
+version is followed, a broken one is not, and the rows name the version that served; draining answers what is under way;
+a cycle of `launch.continual` takes the log of the service.
 
 The engine is the reference one in this process behind a stand-in for the fleet (`LocalFleet`), and the application is
 called without a server. Ray Serve, vLLM and killed processes: test_service.py.
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
+import shutil
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,14 @@ from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.feedback_reading import FeedbackChecks, read_feedback
 from data.records import Decode, DecodeSpec, Groups, Prompt
+from launch.continual.cycle import Cycle, begin_registry
+from launch.continual.files import Files
+from launch.continual.guard import Condition, Evidence, GuardSettings, Range
+from launch.continual.log_folder import LogFolder
+from launch.continual.reasons import Decision
 from launch.continual.registry import Registry
+from launch.continual.settings import ServiceSettings
+from launch.continual.updating import Update
 from launch.provenance import ROOT
 from launch.serving.exposure_log import ExposureLog
 from launch.serving.replica import ReplicaOptions, ServingReplica
@@ -428,3 +439,68 @@ def test_two_processes_do_not_write_one_log(start: Callable[..., Service]) -> No
 
     first.talk(nothing)
     start().talk(nothing)
+
+
+class Copying:
+    """In place of training: the parent's files and the ids that were trained on."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    def lacks(self, rows: int, responses: int) -> str:
+        return ""
+
+    def checks(self, model: Path, versions: Sequence[Path]) -> FeedbackChecks:
+        return FeedbackChecks(n_items=self._catalogue.n_items, catalogues=frozenset({self._catalogue.digest}))
+
+    def update(self, task: Update) -> Path:
+        log = read_feedback(task.feedback, self.checks(task.parent, ()))
+        shutil.copytree(task.parent, task.work / "model")
+        (task.work / "model" / "trained.txt").write_text("\n".join(log.table["request_id"].to_pylist()))
+        return task.work / "model"
+
+    def measure(
+        self, candidate: Path, parent: Path, held_out: Path, wanted: Sequence[tuple[str, float]]
+    ) -> dict[tuple[str, float], Evidence]:
+        mean = float(read_feedback(held_out, self.checks(parent, ())).anchors().response_N.mean())
+        exact, none = Range(value=mean, low=mean, high=mean), Range(value=0, low=0, high=0)
+        return {
+            asked: Evidence(candidate=exact, parent=exact, difference=none, confidence=asked[1], n=1)
+            for asked in wanted
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def test_the_log_is_what_continual_takes(start: Callable[..., Service], tmp_path: Path) -> None:
+    """Served three days ago, closed now, and read by a real cycle with a stand-in for training."""
+    service = start()
+    # A request a second, because the last ones by time are held out.
+    seconds = itertools.count(int(time.time()) // DAY * DAY - 3 * DAY)
+    service.replica._log._clock = lambda: float(next(seconds))
+
+    async def conversation(client: httpx.AsyncClient) -> list[str]:
+        asked = [{"user": user, "history": [user], "k": 1 + user % 2} for user in range(40)]
+        answers = [one.json() for one in await asyncio.gather(*(client.post("/recommend", json=a) for a in asked))]
+        liked = [{"request_id": one["request_id"], "item": one["items"][0]} for one in answers]
+        joined = (await client.post("/feedback", json={"responses": liked})).json()
+        assert joined["counts"]["joined"] == 40
+        return [one["request_id"] for one in answers]
+
+    request_ids = service.talk(conversation)
+    (day,) = ExposureLog(service.log, window_s=DAY, clock=time.time).close_days()
+    registry = Registry(tmp_path / "registry", create=True)
+    begin_registry(registry, service.registry.version(1).path, at=0.0)
+    catalogue = Catalogue.load(registry.version(1).path / CATALOGUE)
+    guard = GuardSettings(conditions=(Condition(metric="response", limit=0.3, tolerance=0.1),))
+    settings = ServiceSettings(guard=guard)
+    cycle = Cycle(LogFolder(str(service.log)), registry, Copying(catalogue), settings, clock=time.time, files=Files())
+    (result,) = cycle.run()
+    assert (result.day, result.decision) == (day, Decision.PROMOTED), result
+    assert result.counts["train"] + result.counts["held_out"] == result.counts["rows"] == 40
+    current = registry.current()
+    assert current is not None
+    trained = (current.path / "trained.txt").read_text().split()
+    assert len(trained) == result.counts["train"]
+    assert set(trained) < set(request_ids)
