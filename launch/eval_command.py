@@ -13,14 +13,17 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.schema import SPLIT_NAMES, read_card
 from data.settings import Settings
+from launch import list_eval
 from launch.cluster import cluster
 from launch.compare import compare, rows_file
 from launch.compare import table as comparison
+from launch.list_eval import RankingSettings, check_ranking, check_save, load_rankers, read_base, save_rows
 from launch.published import published_rows, table
 from reward.names import ExposureMetric, PairwiseMetric, RankingMetric
 from rollout.settings import RolloutSettings
 from trainer.checkpoint_evaluation import EvaluationRows, answer, evaluate_checkpoint
 from trainer.evaluation import sample_rows
+from trainer.list_checkpoint import ListRows, evaluate_lists, open_list_model
 from trainer.row_metrics import RowMetrics, read_row_metrics
 from trainer.run_settings import ClusterSettings, NegativeSource, ScoreSettings
 from trainer.scored_evaluation import LEGAL_MASS
@@ -53,8 +56,15 @@ class EvalCommand(Settings):
     """AUC, its windows and the legal mass."""
     feedback: Path | None = None
     """Feedback log that exposure bias is measured against."""
+    lists: bool = False
+    """Evaluate a model of ranked lists, for each need; of the other arguments `scores`, `feedback`, `published`,
+    `unconstrained-rows`, `history` and `exclude-seen` mean nothing then."""
+    ranking: RankingSettings = RankingSettings()
+    """How lists are answered, and what is held beside them."""
     base: str | None = None
     """Evaluation of the same rows to compare with: a run folder, or run folder:NAME, as for `windlass compare`."""
+    save: str | None = None
+    """With `--lists`: RUN:NAME, keep the metrics of every prompt as RUN/rows/NAME.parquet, for `--base`."""
     published: Path | None = None
     """CSV of published results (columns dataset, method, metric, value) to print beside ours."""
     batch: int = Field(128, ge=1)
@@ -70,6 +80,10 @@ def eval_command(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint by constrained beams through the fleet."""
     dataset = Dataset.open(arguments.data)
+    if arguments.lists:
+        return evaluate_lists_command(arguments, dataset)
+    if arguments.save is not None:
+        raise RequestError("--save", arguments.save, "none without --lists: jobs keep the rows of single items")
     published = None if arguments.published is None else published_rows(arguments.published, dataset.name)
     which = EvaluationRows(
         split=arguments.split,
@@ -104,6 +118,44 @@ def eval_command(
         result |= {"base": arguments.base, "differences": compared["differences"]}
         print(comparison(compared, str(arguments.base), "ours"))
     show(result, which.ks)
+    return result
+
+
+def evaluate_lists_command(arguments: EvalCommand, dataset: Dataset) -> dict[str, Any]:
+    """The body of `windlass eval --lists`.
+
+    Raises:
+        RequestError: an argument that lists do not have, a model of single items, or a base of other prompts.
+    """
+    check_ranking(arguments.ranking)
+    for name, value in (("feedback", arguments.feedback), ("published", arguments.published)):
+        if value is not None:
+            raise RequestError(f"--{name}", value, "none with --lists: it is of single items")
+    for name, changed in (("history", arguments.history), ("exclude-seen", arguments.exclude_seen)):
+        if changed is not None:
+            raise RequestError(f"--{name}", changed, "none with --lists: prompts are as the model was trained")
+    if arguments.save is not None:
+        check_save(arguments.save)
+    which = ListRows(
+        split=arguments.split,
+        rows=arguments.rows,
+        ks=arguments.k,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        decode=arguments.ranking.decode,
+        width=arguments.ranking.width,
+    )
+    model = open_list_model(arguments.checkpoint, dataset, which)
+    base = None if arguments.base is None else read_base(arguments.base, model, which, dataset)
+    rankers = load_rankers(arguments.ranking.rankers)
+    with cluster(arguments.cluster):
+        evaluated = evaluate_lists(model, dataset, which, arguments.rollout, rankers)
+    result = list_eval.answer(evaluated, which, dataset, base)
+    if base is not None:
+        result["base"] = arguments.base
+    if arguments.save is not None:
+        save_rows(arguments.save, evaluated, which, dataset)
+    list_eval.show(result, evaluated.ks)
     return result
 
 

@@ -1,0 +1,105 @@
+"""Contract: `windlass eval --lists` answers as its schema says, on a model of ranked lists with the real engine and
+fleet: every need apart, seen and unseen told, beside the orders that no policy made; an ideal order has NDCG 1, no list
+is invalid, its own rows differ from themselves by nothing; what cannot be measured is one line.
+
+A tiny random model. Not checked: that lists are right (tests/rollout/test_list_decoding.py), training on lists.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from data.catalogue import Catalogue
+from data.dataset import Dataset
+from launch.provenance import ROOT
+from reward.popularity import PopularityRanker
+from tests.requirements import require
+from tests.small_world import windlass, write_dataset
+from tests.tiny_model import write_tiny_model
+from trainer.list_data import list_catalogue
+from trainer.list_settings import ListSettings
+from trainer.prompt_card import PromptCard
+
+ENGINE = ("--rollout.dtype", "float32", "--rollout.kv-cache-gib", "0.1", "--cluster.object-store-mib", "128")
+LISTS = ListSettings.model_validate(
+    {
+        "needs": [{"name": "interest"}, {"name": "trend"}, {"name": "niche"}],
+        "held_out": "niche",
+        "candidates": 12,
+        "positives": 3,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
+    """A dataset and a model of lists, in one folder, with a ranker."""
+    folder = tmp_path_factory.mktemp("list-eval")
+    dataset = write_dataset(folder / "source")
+    catalogue = list_catalogue(Catalogue.build(dataset, "default"), LISTS)
+    model = write_tiny_model(folder / "hf", catalogue, hidden=32, layers=1)
+    PromptCard(history=6, exclude_seen=True, max_prompt_tokens=64, lists=LISTS).write(model)
+    PopularityRanker(dataset.train_counts()).save(folder / "ranker")
+    return dataset, model
+
+
+def ask(world: tuple[Dataset, Path], cwd: Path, *arguments: str) -> dict[str, Any]:
+    """The checked answer of an evaluation."""
+    dataset, model = world
+    places = ("eval", str(model), "--data", str(dataset.path), "--lists", "--rows", "10", "--k", "5", "10", "50")
+    done = windlass(*places, *arguments, "--json", "a.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "invalid lists: 0.0000" in done.stdout
+    found: dict[str, Any] = json.loads((cwd / "a.json").read_text())
+    schema = json.loads((ROOT / "docs" / "schemas" / "eval-lists.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(found)
+    return found
+
+
+def test_every_need_is_measured_beside_the_orders(world: tuple[Dataset, Path], tmp_path: Path) -> None:
+    for part in ("ray", "vllm"):
+        require(part)
+    _, model = world
+    ranker = str(model.parent / "ranker")
+    found = ask(world, tmp_path, "--ranking.rankers", ranker, ranker, "--save", "run:first", *ENGINE)
+    assert found["engine"]["name"] == "vllm"
+    assert found["violations"] == found["invalid"]["constrained"] == 0
+    roles = {name: need["role"] for name, need in found["needs"].items()}
+    assert roles == {"interest": "trained", "trend": "trained", "niche": "held_out"}
+    assert (found["seen"]["needs"], found["unseen"]["needs"]) == (["interest", "trend"], ["niche"])
+    assert found["metrics"] == found["seen"]["metrics"]
+    names = {f"{name}@{k}" for name in ("ndcg", "recall", "mrr", "hr") for k in (5, 10, 12)}
+    for part in (*found["needs"].values(), found["seen"], found["unseen"]):
+        assert set(part["metrics"]) == names
+        assert part["metrics"]["recall@12"] == 1
+        for name, (low, high) in part["ci95"].items():
+            assert low <= part["metrics"][name] + 1e-9
+            assert part["metrics"][name] <= high + 1e-9
+    assert set(found["orders"]) == {"ideal", "random", "popularity", "popularity-2"}
+    for group in ("seen", "unseen"):
+        assert found["orders"]["ideal"][group]["metrics"]["ndcg@5"] == pytest.approx(1)
+        counted = [found["orders"][name][group]["metrics"] for name in ("popularity", "popularity-2")]
+        assert counted[0] == counted[1] != found[group]["metrics"]
+    both = [found["needs"][name]["metrics"]["ndcg@5"] for name in ("interest", "trend")]
+    assert found["seen"]["metrics"]["ndcg@5"] == pytest.approx(np.mean(both))
+    # The same lists again differ from themselves by nothing; samples differ, and other prompts are refused.
+    reference = (*ENGINE, "--rollout.engine", "reference", "--base", "run:first")
+    drawn = ask(world, tmp_path, "--ranking.decode", "sample", "--ranking.width", "3", *reference)
+    for part in (drawn, drawn["seen"], drawn["unseen"], drawn["needs"]["niche"]):
+        assert part["differences"]["ndcg@5"]["mean"] != 0
+    difference = drawn["needs"]["trend"]["differences"]["mrr@10"]
+    assert difference["base"] == pytest.approx(found["needs"]["trend"]["metrics"]["mrr@10"], abs=1e-6)
+    assert difference["mean"] == pytest.approx(difference["other"] - difference["base"])
+    dataset, _ = world
+    same = ask(world, tmp_path, *reference)
+    assert all(one["mean"] == pytest.approx(0, abs=1e-6) for one in same["differences"].values())
+    places = ("eval", str(model), "--data", str(dataset.path), "--lists", "--rows", "9", *reference)
+    refused = windlass(*places, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "lists for the same" in refused.stderr
