@@ -17,6 +17,7 @@ import pytest
 
 from data.catalogue import Catalogue
 from data.dataset import Dataset
+from launch.cli import run
 from launch.provenance import ROOT
 from reward.popularity import PopularityRanker
 from tests.requirements import require
@@ -103,3 +104,40 @@ def test_every_need_is_measured_beside_the_orders(world: tuple[Dataset, Path], t
     refused = windlass(*places, cwd=tmp_path)
     assert refused.returncode == 2
     assert "lists for the same" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--save", "run"], "--save: run; legal: RUN:NAME"),
+        (["--save", "run:a/b"], "--save"),
+        (["--base", "nowhere"], "has no evaluated rows"),
+        (["--ranking.rankers", "nowhere"], "--ranking.rankers"),
+        (["--ranking.decode", "sample_without_replacement"], "--ranking.decode"),
+        (["--ranking.width", "0"], "ranking.width"),
+        (["--feedback", "log"], "--feedback"),
+        (["--published", "published.csv"], "--published"),
+        (["--history", "3"], "--history"),
+        (["--k", "0"], "k"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    world: tuple[Dataset, Path], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, model = world
+    assert run(["eval", str(model), "--data", str(dataset.path), "--lists", "--rows", "4", *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("windlass: ")
+    assert words in said
+
+
+def test_a_model_of_single_items_has_no_lists(
+    world: tuple[Dataset, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, _ = world
+    model = write_tiny_model(tmp_path, Catalogue.build(dataset, "default"), hidden=32, layers=1)
+    PromptCard(history=6, exclude_seen=True, max_prompt_tokens=16).write(model)
+    assert run(["eval", str(model), "--data", str(dataset.path), "--lists"]) == 2
+    assert "recommends single items; legal: a model that was trained with lists.needs" in capsys.readouterr().err
+    assert run(["eval", str(model), "--data", str(dataset.path), "--save", "a:b"]) == 2
+    assert "none without --lists" in capsys.readouterr().err

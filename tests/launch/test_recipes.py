@@ -10,7 +10,7 @@ import pytest
 
 from data.errors import RequestError
 from launch.config import load_job, recipe_header, recipe_names, recipe_path, to_mapping
-from trainer.jobs import RlJob
+from trainer.jobs import CriticJob, RlJob
 
 METHODS = ("grpo", "dapo", "dr_grpo", "gspo", "rere", "tawin", "adagrpo", "abpo", "flexrec", "unified")
 
@@ -99,6 +99,20 @@ def test_recipes_of_lists_name_the_same_lists() -> None:
         if name.startswith("flexrec"):
             lists = to_mapping(load_job(name))["lists"]
             assert lists | {"train_needs": [], "feedback": 1.0} == whole, name
+
+
+@pytest.mark.parametrize("name", ["flexrec-mean", "flexrec-uncertain"])
+def test_the_critic_knows_what_its_policies_rank(name: str) -> None:
+    job, critic = load_job(name), load_job("flexrec-critic")
+    assert isinstance(job, RlJob)
+    assert isinstance(critic, CriticJob)
+    assert critic.lists == job.lists
+    assert (critic.data.history, critic.data.codes, critic.data.exclude_seen) == (
+        job.data.history,
+        job.data.codes,
+        job.data.exclude_seen,
+    )
+    assert job.reward.ranker == "runs/flexrec-critic/ranker"
 
 
 def test_mixtures_are_adagrpo_without_a_gate() -> None:
