@@ -117,7 +117,7 @@ def check_answer(benchmark: str, answer: dict[str, object]) -> None:
         jsonschema.Draft202012Validator(schema).validate(answer)
 
 
-@pytest.mark.parametrize("benchmark", ["rollout", "learner", "step", "sync", "reward", "data"])
+@pytest.mark.parametrize("benchmark", ["rollout", "learner", "step", "stages", "sync", "reward", "data"])
 def test_recorded_answers_match_their_schema(benchmark: str) -> None:
     table = json.loads((ROOT / "docs" / "results" / f"bench_{benchmark}.json").read_text())
     answers = [row["result"] for row in table["rows"] if row["result"] is not None]

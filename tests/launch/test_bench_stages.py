@@ -10,13 +10,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 
 from launch.bench import stages
 from launch.bench.stages import LEARNER, StagesBench, Steps, stages_command
-from launch.provenance import ROOT
+from tests.launch.test_bench_rollout import check_answer
 from tests.requirements import require
 
 SMALL = StagesBench(model="tiny", prompts=2, prompt_len=22, group=4, repeats=1, threads=1)
@@ -41,8 +40,7 @@ def test_the_objective_is_timed_with_every_stage_and_with_none(monkeypatch: pyte
 
     monkeypatch.setattr(stages, "Steps", Kept)
     answer = stages_command(SMALL)
-    schema = json.loads((ROOT / "docs" / "schemas" / "bench.schema.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(json.loads(json.dumps(answer, allow_nan=False)))
+    check_answer("stages", json.loads(json.dumps(answer, allow_nan=False)))
     assert answer["checked"] is True
     for name in ("ours", "plain"):
         phases = answer["phases"][name]
