@@ -68,6 +68,40 @@ def bootstrap_ratio(
     Raises:
         RequestError: no rows, values that are not finite, or a denominator without a positive sum.
     """
+    sum_C, size_C = _by_cluster(numerator_N, denominator_N, cluster_N)
+    ratio_R = _resampled_ratios(sum_C, size_C, seed, resamples)
+    return _interval(float(sum_C.sum() / size_C.sum()), ratio_R, level, n=len(numerator_N), clusters=len(sum_C))
+
+
+def paired_bootstrap_ratio(
+    ratio_N: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]],
+    other_N: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    cluster_N: npt.NDArray[np.integer] | None = None,
+) -> Interval:
+    """Interval of the difference of two ratios of sums, (numerators, denominators) each, rows paired.
+
+    Raises:
+        RequestError: different numbers of rows, or as `bootstrap_ratio`.
+    """
+    if len({np.shape(part) for part in (*ratio_N, *other_N)}) > 1:
+        found = f"{np.shape(ratio_N[0])} and {np.shape(other_N[0])} rows"
+        raise RequestError("paired bootstrap", found, "the same rows")
+    ours, theirs = _by_cluster(*ratio_N, cluster_N), _by_cluster(*other_N, cluster_N)
+    difference_R = _resampled_ratios(*ours, seed, resamples) - _resampled_ratios(*theirs, seed, resamples)
+    value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
+    return _interval(value, difference_R, level, n=len(ratio_N[0]), clusters=len(ours[0]))
+
+
+def _by_cluster(
+    numerator_N: npt.NDArray[np.floating],
+    denominator_N: npt.NDArray[np.floating],
+    cluster_N: npt.NDArray[np.integer] | None,
+) -> tuple[DoubleArray, DoubleArray]:
+    """Sums of numerators and of denominators over each cluster."""
     numerators, denominators = np.asarray(numerator_N, np.float64), np.asarray(denominator_N, np.float64)
     finite = bool(np.isfinite(numerators).all() and np.isfinite(denominators).all())
     if len(numerators) == 0 or not finite:
@@ -77,17 +111,13 @@ def bootstrap_ratio(
     codes = np.arange(len(numerators)) if cluster_N is None else np.unique(cluster_N, return_inverse=True)[1]
     clusters = int(codes.max()) + 1
     sum_C = np.bincount(codes, weights=numerators, minlength=clusters).astype(np.float64)
-    size_C = np.bincount(codes, weights=denominators, minlength=clusters).astype(np.float64)
-    ratio_R = _resampled_ratios(sum_C, size_C, seed, resamples)
-    low, high = np.quantile(ratio_R, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
-        mean=float(numerators.sum() / denominators.sum()),
-        low=float(low),
-        high=float(high),
-        share_above_zero=float((ratio_R > 0).mean()),
-        n=len(numerators),
-        clusters=clusters,
-    )
+    return sum_C, np.bincount(codes, weights=denominators, minlength=clusters).astype(np.float64)
+
+
+def _interval(value: float, value_R: DoubleArray, level: float, *, n: int, clusters: int) -> Interval:
+    low, high = np.quantile(value_R, [(1 - level) / 2, (1 + level) / 2])
+    above = float((value_R > 0).mean())
+    return Interval(mean=value, low=float(low), high=float(high), share_above_zero=above, n=n, clusters=clusters)
 
 
 def paired_bootstrap(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import RequestError
-from reward.bootstrap import Interval, bootstrap_ratio
+from reward.bootstrap import Interval, bootstrap_ratio, paired_bootstrap_ratio
 
 DoubleArray = npt.NDArray[np.float64]
 
@@ -102,19 +102,8 @@ def policy_value(
     Raises:
         RequestError: a clip that is not positive, or weights that are all zero: the log says nothing of the policy.
     """
-    if not weight_clip > 0:
-        raise RequestError("weight_clip", weight_clip, "above 0")
-    raw_N = np.exp(log.logp_N - log.logp0_N)
-    weight_N = np.minimum(raw_N, weight_clip)
-    if not weight_N.any():
-        raise RequestError("off-policy evaluation", "every weight is 0", "a log that shows items of the policy")
-    one_N = np.ones_like(weight_N)
-    parts = {
-        Estimator.IPS: (weight_N * log.response_N, one_N),
-        Estimator.SNIPS: (weight_N * log.response_N, weight_N),
-    }
-    if log.model_shown_N is not None and log.model_policy_N is not None:
-        parts[Estimator.DR] = log.model_policy_N + weight_N * (log.response_N - log.model_shown_N), one_N
+    raw_N, weight_N = _weights(log, weight_clip)
+    parts = _parts(log, weight_N)
     return PolicyValue(
         estimates={
             estimator: bootstrap_ratio(
@@ -127,6 +116,64 @@ def policy_value(
         weight_max=float(weight_N.max()),
         clipped=int((raw_N > weight_clip).sum()),
     )
+
+
+def value_difference(
+    ours: LoggedExposures,
+    theirs: LoggedExposures,
+    *,
+    weight_clip: float = np.inf,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> dict[Estimator, Interval]:
+    """What one policy would have earned more than another, by each estimate that both logs allow.
+
+    Args:
+        ours: exposures with the log-probabilities of one policy.
+        theirs: the same exposures with those of the other.
+        weight_clip: as for `policy_value`.
+        seed: of the resamples, which both share.
+        resamples: bootstrap resamples.
+        level: coverage that the intervals aim at.
+
+    Raises:
+        RequestError: other exposures, or as `policy_value`.
+    """
+    same = np.array_equal(ours.response_N, theirs.response_N) and np.array_equal(ours.logp0_N, theirs.logp0_N)
+    if not same:
+        raise RequestError("off-policy difference", "two logs", "one log, and the probabilities of two policies")
+    mine, other = (_parts(log, _weights(log, weight_clip)[1]) for log in (ours, theirs))
+    return {
+        estimator: paired_bootstrap_ratio(
+            mine[estimator], other[estimator], seed=seed, resamples=resamples, level=level, cluster_N=ours.user_N
+        )
+        for estimator in mine
+        if estimator in other
+    }
+
+
+def _weights(log: LoggedExposures, weight_clip: float) -> tuple[DoubleArray, DoubleArray]:
+    """Importance weights, and the same cut to the limit."""
+    if not weight_clip > 0:
+        raise RequestError("weight_clip", weight_clip, "above 0")
+    raw_N = np.exp(log.logp_N - log.logp0_N)
+    weight_N = np.minimum(raw_N, weight_clip)
+    if not weight_N.any():
+        raise RequestError("off-policy evaluation", "every weight is 0", "a log that shows items of the policy")
+    return raw_N, weight_N
+
+
+def _parts(log: LoggedExposures, weight_N: DoubleArray) -> dict[Estimator, tuple[DoubleArray, DoubleArray]]:
+    """The numerators and denominators whose sums each estimate is the ratio of."""
+    one_N = np.ones_like(weight_N)
+    parts = {
+        Estimator.IPS: (weight_N * log.response_N, one_N),
+        Estimator.SNIPS: (weight_N * log.response_N, weight_N),
+    }
+    if log.model_shown_N is not None and log.model_policy_N is not None:
+        parts[Estimator.DR] = log.model_policy_N + weight_N * (log.response_N - log.model_shown_N), one_N
+    return parts
 
 
 def _check(name: str, value_N: DoubleArray, fine_N: npt.NDArray[np.bool_], legal: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from data.errors import RequestError
 from reward.bootstrap import bootstrap_ratio
-from reward.off_policy import DoubleArray, Estimator, LoggedExposures, policy_value
+from reward.off_policy import DoubleArray, Estimator, LoggedExposures, policy_value, value_difference
 
 ITEMS = 6
 
@@ -134,3 +134,30 @@ def test_a_log_that_says_nothing_is_refused() -> None:
         policy_value(log)
     with pytest.raises(RequestError, match="weight_clip"):
         policy_value(log, weight_clip=0.0)
+
+
+def test_a_difference_is_that_of_the_estimates_and_covers_the_known_one() -> None:
+    world = BanditWorld(6)
+    first = world.log(300)
+    other = replace(first, logp_N=first.logp0_N)
+    differences = value_difference(first, other)
+    mine, theirs = policy_value(first).estimates, policy_value(other).estimates
+    for estimator, interval in differences.items():
+        assert interval.mean == pytest.approx(mine[estimator].mean - theirs[estimator].mean)
+        assert interval.low < interval.mean < interval.high
+    assert set(differences) == set(Estimator)
+    known = world.value() - float((world.logging_XA * world.reward_XA).sum(1).mean())
+    covered = 0
+    for number in range(200):
+        log = world.log(400)
+        interval = value_difference(log, replace(log, logp_N=log.logp0_N), seed=number, resamples=300)[Estimator.SNIPS]
+        covered += interval.low <= known <= interval.high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_the_same_policy_differs_by_nothing() -> None:
+    log = BanditWorld(7).log(100)
+    for interval in value_difference(log, log).values():
+        assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
+    with pytest.raises(RequestError, match="two logs"):
+        value_difference(log, replace(log, response_N=1 - log.response_N))
