@@ -22,10 +22,11 @@ from launch.continual.cycle import Cycle, begin_registry
 from launch.continual.files import Files
 from launch.continual.lock import writing
 from launch.continual.log_folder import LogFolder
+from launch.continual.measuring import MeasureSettings
 from launch.continual.metrics import MetricsSettings
 from launch.continual.observer import Observer
 from launch.continual.reasons import Decision, Reason
-from launch.continual.recipe_updater import MeasureSettings, RecipeUpdater
+from launch.continual.recipe_updater import RecipeUpdater
 from launch.continual.registry import Registry
 from launch.continual.results import Result
 from launch.continual.settings import ServiceSettings
@@ -91,7 +92,7 @@ class Arguments(ArgumentParser):
         Raises:
             RequestError: always.
         """
-        raise RequestError("continual", message, "see `windlass continual --help`")
+        raise RequestError(self.prog.removeprefix("windlass "), message, f"see `{self.prog} --help`")
 
 
 def parser() -> Arguments:

@@ -257,7 +257,7 @@ class Cycle:
         task = Update(parent=parent, feedback=feedback, work=work / "update", versions=versions)
         model = self._updater.update(task)
         conditions = self._settings.guard.conditions
-        checked = check(conditions, self._updater.measure(model, parent, held_out, wanted(conditions)))
+        checked = check(conditions, self._updater.measure(model, parent, held_out, feedback, wanted(conditions)))
         return replace(
             one,
             state=PassState.DECIDED,

@@ -63,8 +63,8 @@ class GuardSettings(Settings):
     """What must hold for a promotion."""
 
     conditions: tuple[Condition, ...] = (
-        Condition(metric="exposed_ndcg@10", tolerance=0.005),
-        Condition(metric="exposed_hr@10", tolerance=0.01),
+        Condition(metric="ndcg@10", tolerance=0.005),
+        Condition(metric="hr@10", tolerance=0.01),
         Condition(metric="invalid@10", direction=Direction.LOWER, limit=0.0),
     )
     """All must hold. None promotes whatever comes."""
@@ -104,6 +104,8 @@ class Evidence:
     """Of the intervals."""
     n: int
     """Rows."""
+    measured: str = ""
+    """What was measured in place of the condition's own metric, such as `exposed_hr@10` for `hr@10`."""
 
 
 class Outcome(StrEnum):
@@ -130,7 +132,8 @@ class Checked:
     """Largest loss that the interval allows."""
 
     def __str__(self) -> str:
-        words = f"{self.condition.name}: {self.outcome.value.replace('_', ' ')}"
+        measured = f" (measured as {self.evidence.measured})" if self.evidence and self.evidence.measured else ""
+        words = f"{self.condition.name}{measured}: {self.outcome.value.replace('_', ' ')}"
         if self.loss_low is None:
             return words
         return f"{words} (loss {self.loss_low:.4g} to {self.loss_high:.4g} at {self.condition.confidence:.0%})"

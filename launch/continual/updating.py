@@ -61,7 +61,7 @@ class Updater(Protocol):
         ...
 
     def measure(
-        self, candidate: Path, parent: Path, held_out: Path, wanted: Sequence[tuple[str, float]]
+        self, candidate: Path, parent: Path, held_out: Path, trained: Path, wanted: Sequence[tuple[str, float]]
     ) -> Mapping[tuple[str, float], Evidence]:
         """Measure two models on the same rows; what cannot be measured is left out.
 
@@ -69,6 +69,7 @@ class Updater(Protocol):
             candidate: model folder.
             parent: the model that it was updated from.
             held_out: feedback log that neither was trained on.
+            trained: feedback log that the candidate was trained on, for measures of exposure.
             wanted: metrics and the confidences of their intervals.
 
         Raises:

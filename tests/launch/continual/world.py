@@ -116,7 +116,7 @@ class StubUpdater:
         return model
 
     def measure(
-        self, candidate: Path, parent: Path, held_out: Path, wanted: Sequence[tuple[str, float]]
+        self, candidate: Path, parent: Path, held_out: Path, trained: Path, wanted: Sequence[tuple[str, float]]
     ) -> Mapping[tuple[str, float], Evidence]:
         log = read_feedback(held_out, CHECKS)
         trained = (candidate / WEIGHTS).read_text().split()
