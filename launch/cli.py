@@ -88,6 +88,12 @@ COMMANDS: dict[str, Command] = {
         summary="keep the served model up to date from a feedback log, guarded",
         own_arguments=True,
     ),
+    "replay": Command(
+        target="launch.continual.replay_command:replay_command",
+        summary="daily updates over the periods of a dataset, by several ways to update",
+        answers=True,
+        own_arguments=True,
+    ),
     "registry list": Command(
         target="launch.continual.registry_command:list_command", summary="the versions of a registry", answers=True
     ),

@@ -20,17 +20,25 @@ from tests.data.tiny import import_events
 USERS, ITEMS, EVENTS = 60, 48, 14
 
 
-def write_dataset(folder: Path) -> Dataset:
-    """A dataset whose next item is mostly a neighbour of the last one, with two-level codes called `default`."""
+def write_dataset(
+    folder: Path, *, starts_s: int = 10_000, step_s: int = 97, ratios: tuple[float, float, float] = (8.0, 1.0, 1.0)
+) -> Dataset:
+    """A dataset whose next item is mostly a neighbour of the last one, with two-level codes called `default`.
+
+    Args:
+        starts_s: users begin within so many seconds.
+        step_s: seconds between two events of a user.
+        ratios: of the split.
+    """
     rng = np.random.default_rng(0)
     events = []
     for user in range(USERS):
         position = int(rng.integers(ITEMS))
-        start = int(rng.integers(10_000))
+        start = int(rng.integers(starts_s))
         for step in range(EVENTS):
-            events.append((user, f"item-{position:02d}", start + 97 * step))
+            events.append((user, f"item-{position:02d}", start + step_s * step))
             position = (position + int(rng.integers(1, 4))) % ITEMS
-    dataset = import_events(folder, events)
+    dataset = import_events(folder, events, ratios=ratios)
     paths = [[item // 8, item % 8] for item in range(dataset.n_items)]
     codes = Codes.from_lists(paths, provenance={"fingerprint": dataset.fingerprint})
     codes.save(codes_path(dataset.path, "default"))

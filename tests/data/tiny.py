@@ -14,7 +14,13 @@ from data.sources import TimeUnit
 from data.tabular import ColumnNames, table
 
 
-def import_events(folder: Path, events: list[tuple[int, str, int]], items: pa.Table | None = None) -> Dataset:
+def import_events(
+    folder: Path,
+    events: list[tuple[int, str, int]],
+    items: pa.Table | None = None,
+    *,
+    ratios: tuple[float, float, float] = (8.0, 1.0, 1.0),
+) -> Dataset:
     """Import (user, item key, time) rows with a chronological split."""
     folder.mkdir(parents=True, exist_ok=True)
     user, item, time = zip(*events, strict=True)
@@ -27,7 +33,7 @@ def import_events(folder: Path, events: list[tuple[int, str, int]], items: pa.Ta
         ColumnNames(),
         TimeUnit.SECONDS,
     )
-    rules = ImportRules(unknown_items="add" if items is None else "drop")
+    rules = ImportRules(unknown_items="add" if items is None else "drop", ratios=ratios)
     return import_source(source, folder / "dataset", rules)
 
 

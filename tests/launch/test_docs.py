@@ -19,6 +19,7 @@ import pytest
 from launch import cli
 from launch.config import RECIPES
 from launch.continual.command import parser, read_continual
+from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT
 from launch.train_arguments import resolve, split_arguments
 
@@ -72,6 +73,8 @@ def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.M
             check_train(rest, tmp_path)
         elif name == "continual":
             check_continual(rest)
+        elif name == "replay":
+            read_replay(rest)
         else:
             check_other(name, rest)
 

@@ -19,6 +19,7 @@ import pytest
 from data.errors import RequestError, RunError
 from launch import cli
 from launch.config import RECIPES
+from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT, commit
 from launch.result_plots import ResultPlot
 from launch.results import commands, is_made, markdown, measure, read_table, render
@@ -151,6 +152,10 @@ def check_command(command: list[str], seed: int | None) -> Path:
         job, folder = resolve(recipe, run_dir, overrides)
         assert seed in (None, job.seed)
         return folder
+    if name == "replay":
+        known, _ = read_replay(rest)
+        assert seed in (None, known.seed)
+        return Path()
     body = cli.load(name, cli.COMMANDS[name])
 
     @functools.wraps(body)
