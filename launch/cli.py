@@ -94,6 +94,16 @@ COMMANDS: dict[str, Command] = {
         answers=True,
         own_arguments=True,
     ),
+    "ope bandit": Command(
+        target="launch.ope_command:ope_bandit_command",
+        summary="each policy of the Open Bandit sample from the other one's log",
+        answers=True,
+    ),
+    "ope model": Command(
+        target="launch.ope_command:ope_model_command",
+        summary="what a model would have earned, from the log of another policy",
+        answers=True,
+    ),
     "registry list": Command(
         target="launch.continual.registry_command:list_command", summary="the versions of a registry", answers=True
     ),
@@ -156,7 +166,7 @@ COMMANDS: dict[str, Command] = {
         summary="the benchmarks, small, against the ratios last accepted (make bench)",
         answers=True,
     ),
-    "report": Command(target="launch.report:report_command", summary="write a run's HTML report"),
+    "report": Command(target="launch.report:report_command", summary="the HTML report of a run, registry or replay"),
     "compare": Command(
         target="launch.compare:compare_command", summary="compare two runs with a paired bootstrap", answers=True
     ),

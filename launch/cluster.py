@@ -35,6 +35,8 @@ CONNECT_S = 10.0
 """Seconds within which a cluster's address must take a connection."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
+_HELD: list[bool] = []
+"""Not empty while `cluster` holds a cluster in this process."""
 PASSED_ON = (FAULT_VARIABLE, "WINDLASS_REWARD_TOKEN", "DS_ACCELERATOR", "HF_HUB_OFFLINE")
 """Variables of the driver that every worker gets, also on a cluster that was started elsewhere."""
 
@@ -80,8 +82,9 @@ def cluster(
 ) -> Iterator[None]:
     """Start Ray on this machine, or connect to a running cluster, and leave it at the end.
 
-    `environment` is added to every worker's. A cluster started here keeps Ray's default for token authentication
-    (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
+    Within another call of it, this one takes part in that one's cluster: sessions that follow each other (a replay)
+    start Ray once. `environment` is added to every worker's. A cluster started here keeps Ray's default for token
+    authentication (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
 
     Raises:
         RequestError: there is no cluster at `cluster.address`.
@@ -92,7 +95,10 @@ def cluster(
     import ray
 
     if ray.is_initialized():
-        raise RuntimeError("Ray is already running in this process")
+        if not _HELD:
+            raise RuntimeError("Ray is already running in this process")
+        yield
+        return
     # The hook's module must be importable on workers, which have our installation but not our path.
     _refuse_shadowed_packages()
     arguments: dict[str, Any] = {
@@ -123,8 +129,10 @@ def cluster(
         signal.signal(signal.SIGTERM, handler)
     try:
         _try_a_worker()
+        _HELD.append(True)
         yield
     finally:
+        _HELD.clear()
         ray.shutdown()
 
 

@@ -28,16 +28,44 @@ SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
 SMALLER_IS_BETTER = r"invalid.*"
 
 
-def report_command(run: Annotated[Path, tyro.conf.Positional], /, output: Path | None = None) -> None:
-    """Write report.html of a run.
+def report_command(
+    run: Annotated[Path, tyro.conf.Positional], /, output: Path | None = None, version: int | None = None
+) -> None:
+    """Write the HTML report of a run, of a registry or of a replay.
 
     Args:
-        run: run folder.
-        output: file to write; none means RUN/report.html.
+        run: folder of a run, of a registry of `windlass continual`, or of a replay.
+        output: file to write; none means report.html in the folder, in a registry reports/ for all its versions.
+        version: page of this version of a registry; none means the page over all of them.
     """
+    is_registry = (run / "registry.json").is_file()
+    if version is not None and not is_registry:
+        raise RequestError("--version", version, "with the folder of a registry")
+    if is_registry:
+        print(registry_report(run, output, version))
+        return
     target = output or run / "report.html"
-    write_report(run, target)
+    if (run / "replay.json").is_file():
+        from launch.continual.replay_report import replay_page
+
+        replay_page(run).write(target)
+    else:
+        write_report(run, target)
     print(target)
+
+
+def registry_report(root: Path, output: Path | None, version: int | None) -> Path:
+    """Write the page of a version, or of every version and the one over all; returns the page that was asked for."""
+    from launch.continual.registry import Registry
+    from launch.continual.registry_report import registry_page, version_page, write_version_page
+
+    registry = Registry(root)
+    if output is not None:
+        page = registry_page(registry) if version is None else version_page(registry, version)
+        page.write(output)
+        return output
+    written = [write_version_page(registry, one) for one in (registry.numbers() if version is None else [version])]
+    return written[-1] if version is not None else root / "reports" / "index.html"
 
 
 HEADLINE = frozenset(

@@ -28,6 +28,7 @@ from launch.continual.observer import Observer
 from launch.continual.reasons import Decision, Reason
 from launch.continual.recipe_updater import RecipeUpdater
 from launch.continual.registry import Registry
+from launch.continual.registry_report import write_version_page
 from launch.continual.results import Result
 from launch.continual.settings import ServiceSettings
 from launch.continual.webhook import WebhookSettings
@@ -158,6 +159,9 @@ def serve(job: RlJob | SftJob, settings: ContinualSettings, known: Namespace, fi
             while True:
                 results = cycle(registry).run(first_day)
                 tell(results)
+                for one in results:
+                    if one.version is not None:
+                        print(f"{one.day}: report {write_version_page(registry, one.version)}", flush=True)
                 observer.looked(results)
                 stopped = any(told.reason is Reason.INTERRUPTED for one in results for told in one.reasons)
                 if known.once or stopped or not waited(settings.poll_s):

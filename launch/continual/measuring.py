@@ -40,7 +40,7 @@ from reward.bootstrap import Interval, bootstrap_mean, paired_bootstrap
 from reward.direct_model import cross_fitted
 from reward.exposure import Exposures
 from reward.names import ExposureMetric, RankingMetric
-from reward.off_policy import Estimator, LoggedExposures, policy_value, value_difference
+from reward.off_policy import Estimator, LoggedExposures, PolicyValue, policy_value, value_difference
 from reward.ranker import Ranker, load_ranker
 from trainer.evaluation import Evaluation, Evaluator, sample_rows
 from trainer.initial_model import CATALOGUE, check_model
@@ -128,8 +128,9 @@ class HeldOut:
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """Rows with a propensity that off-policy values are estimated from."""
-        kind = self.log.table["propensity_kind"].to_numpy(zero_copy_only=False)
-        usable = np.flatnonzero(kind != PropensityKind.NONE.value)
+        kind_N = self.log.table["propensity_kind"].to_numpy(zero_copy_only=False)
+        logp0_N = self.log.anchors().logp0_N
+        usable = np.flatnonzero((kind_N != PropensityKind.NONE.value) & np.isfinite(logp0_N) & (logp0_N <= 0))
         return usable[sample_rows(len(usable), self.settings.rows, self.settings.seed)]
 
     def samples(self, name: str) -> Samples:
@@ -146,12 +147,12 @@ class Measurer:
     """Measures two models on the same held-out rows."""
 
     def __init__(
-        self, start: Callable[[Path, Catalogue], ClosingGenerator], dataset: Dataset, held_out: HeldOut
+        self, start: Callable[[Path, Catalogue], ClosingGenerator], dataset: Dataset | None, held_out: HeldOut
     ) -> None:
         """
         Args:
             start: starts what serves a model; it is closed after the measurement.
-            dataset: tells which items are popular.
+            dataset: tells which items are popular, for ranked lists; off-policy values need none.
             held_out: rows that neither model was trained on.
         """
         self._start = start
@@ -170,6 +171,24 @@ class Measurer:
         ranker = self._ranker() if Estimator.DR in metrics else None
         found = {(metric, level): self._evidence(metric, level, ours, theirs, ranker) for metric, level in wanted}
         return {asked: evidence for asked, evidence in found.items() if evidence is not None}
+
+    def value(self, model: Path, *, level: float) -> PolicyValue:
+        """Off-policy estimates of one model; the doubly robust one where there is a ranker.
+
+        Raises:
+            RequestError: no row of the log has a propensity.
+        """
+        if not len(self._held_out.rows):
+            raise RequestError("log", "no row with a propensity", "rows that were sampled")
+        catalogue = Catalogue.load(model / CATALOGUE)
+        prompts, ranker = self._prompts(model, catalogue), self._ranker()
+        drawn_NM = None
+        if ranker is not None:
+            with closing(self._start(model, catalogue)) as fleet:
+                drawn_NM = self._draws(fleet, prompts)
+        measured = Measured(evaluations={}, scores=self._scores(model, catalogue, prompts), drawn_NM=drawn_NM)
+        how: dict[str, Any] = self._how(level) | {"weight_clip": self._settings.weight_clip}
+        return policy_value(self._logged(measured, ranker), **how)
 
     # --- one model ---
 
@@ -200,6 +219,7 @@ class Measurer:
         return "exposed" if exposed else self._held_out.main
 
     def _evaluator(self, model: Path, catalogue: Catalogue, name: str, metrics: set[str]) -> Evaluator:
+        assert self._dataset is not None, "ranked lists need a dataset"
         of_exposure = {metric.removeprefix(EXPOSED).partition("@")[0] for metric in metrics} & set(ExposureMetric)
         return Evaluator(
             self._dataset,

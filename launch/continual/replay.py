@@ -47,7 +47,7 @@ from trainer.checkpoint_evaluation import exposure_log, intervals
 from trainer.durable import write_text
 from trainer.evaluation import Evaluation, Evaluator, sample_rows
 from trainer.initial_model import CATALOGUE
-from trainer.jobs import RlJob
+from trainer.jobs import RlJob, SftJob
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import write_row_metrics
 from trainer.run_log import METRICS
@@ -90,7 +90,13 @@ class ArmReplay:
     """Replays the periods for one arm. The caller holds the lock of `root`."""
 
     def __init__(
-        self, world: ReplayWorld, arm: Arm, job: RlJob, settings: ServiceSettings, updater: RecordingUpdater, out: Path
+        self,
+        world: ReplayWorld,
+        arm: Arm,
+        job: RlJob | SftJob,
+        settings: ServiceSettings,
+        updater: RecordingUpdater,
+        out: Path,
     ) -> None:
         """
         Args:

@@ -16,6 +16,7 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.feedback import day_of
 from launch.cli import check_writable, write_answer
+from launch.cluster import cluster
 from launch.config import check_paths, recipe_path, to_mapping
 from launch.continual.command import Arguments, ContinualSettings, first_model, read_continual
 from launch.continual.cycle import begin_registry
@@ -28,7 +29,7 @@ from launch.run_directory import read_json
 from launch.simulation import ServingSettings
 from reward.bootstrap import paired_bootstrap
 from trainer.durable import write_text
-from trainer.jobs import RlJob
+from trainer.jobs import RlJob, SftJob
 from trainer.row_metrics import read_row_metrics
 
 KS = (1, 5, 10)
@@ -96,7 +97,7 @@ def read_replay(arguments: list[str]) -> tuple[Namespace, list[str]]:
     return known, overrides
 
 
-def arm_job(known: Namespace, overrides: Sequence[str], name: str) -> tuple[RlJob, ContinualSettings]:
+def arm_job(known: Namespace, overrides: Sequence[str], name: str) -> tuple[RlJob | SftJob, ContinualSettings]:
     """The job and the rules of an arm."""
     root = known.out / name
     given = [*overrides, f"--data.dataset={known.dataset}", *ARMS[name].overrides]
@@ -135,8 +136,8 @@ def replay(known: Namespace, overrides: Sequence[str]) -> dict[str, Any]:
         "interrupted": False,
         "arms": {},
     }
-    with writing(out):
-        describe(out, known, overrides, dataset)
+    # One Ray for all sessions: they follow each other, and each would start its own.
+    with writing(out), cluster(described(out, known, overrides, dataset).cluster):
         for name in known.arms:
             try:
                 records = replay_arm(world, name, known, overrides, out)
@@ -161,8 +162,8 @@ def replay_arm(
     return replayed.run()
 
 
-def describe(out: Path, known: Namespace, overrides: Sequence[str], dataset: Dataset) -> None:
-    """Keep what the folder replays, or check that it is the same.
+def described(out: Path, known: Namespace, overrides: Sequence[str], dataset: Dataset) -> RlJob | SftJob:
+    """Keep what the folder replays, or check that it is the same; returns the recipe's job.
 
     Raises:
         RequestError: the folder replays something else.
@@ -178,13 +179,15 @@ def describe(out: Path, known: Namespace, overrides: Sequence[str], dataset: Dat
     }
     path = out / DESCRIPTION
     if not path.is_file():
+        check_paths(job)
         write_text(path, json.dumps(asked, indent=1) + "\n")
-        return
+        return job
     there = read_json(path)
     for name, value in asked.items():
         if there.get(name) != value:
             found = f"{out} replays another {name}"
             raise RequestError("--out", found, "the same request, or another folder")
+    return job
 
 
 def add_differences(out: Path, arms: Mapping[str, Any], seed: int) -> None:

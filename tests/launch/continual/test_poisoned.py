@@ -45,7 +45,7 @@ from trainer.anchor import Anchor, anchor_weights
 from trainer.initial_model import CATALOGUE
 from trainer.prompt_card import PromptCard
 
-SETTINGS = ServiceSettings(rows=RowSettings(held_out=0.3))
+SETTINGS = ServiceSettings(rows=RowSettings(held_out=0.45))
 USERS, REQUESTS, BEFORE = 120, 5, 6
 
 
@@ -84,11 +84,12 @@ def steps(model: Path, count: int, lr: float, loss: Any) -> None:
 class GradientUpdater:
     """Measures as the service does; updates by a plain gradient on the logged rows."""
 
-    fewest_rows = 32
-
     def __init__(self, dataset: Dataset, catalogue: Catalogue) -> None:
         self.dataset = dataset
         self.catalogue = catalogue
+
+    def lacks(self, rows: int, responses: int) -> str:
+        return "" if rows >= 32 else f"{rows} rows"
 
     def checks(self, model: Path) -> FeedbackChecks:
         return FeedbackChecks(n_items=ITEMS, catalogues=frozenset({self.catalogue.digest}))
