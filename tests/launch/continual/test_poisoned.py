@@ -46,7 +46,7 @@ from trainer.initial_model import CATALOGUE
 from trainer.prompt_card import PromptCard
 
 SETTINGS = ServiceSettings(rows=RowSettings(held_out=0.45))
-USERS, REQUESTS, BEFORE = 120, 5, 6
+USERS, REQUESTS, BEFORE = 60, 5, 6
 
 
 def engine(model: Path, catalogue: Catalogue | None = None) -> ReferenceEngine:
@@ -228,6 +228,7 @@ def test_a_poisoned_day_is_rejected_and_its_clean_twin_promoted(world: World) ->
     assert (registry.root / "current").readlink().name == "000002"
 
 
+@pytest.mark.long
 def test_clean_days_are_promoted(world: World) -> None:
     registry = world.registry("days")
     decisions = []
@@ -237,6 +238,7 @@ def test_clean_days_are_promoted(world: World) -> None:
     assert decisions.count("promoted") >= 9, decisions
 
 
+@pytest.mark.long
 def test_an_inversion_of_a_fifth_is_decided_by_the_guard(world: World, record_property: Any) -> None:
     result, registry = world.one_day("fifth", 0.2)
     assert result.decision in ("promoted", "rejected")
