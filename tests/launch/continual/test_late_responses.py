@@ -49,8 +49,8 @@ class Recording(world.StubUpdater):
         (model / WEIGHTS).write_text((task.parent / WEIGHTS).read_text() + line + "\n")
         return model
 
-    def measure(self, candidate: Path, parent: Path, held_out: Path, wanted: Any) -> Any:
-        return super().measure(parent, parent, held_out, wanted)
+    def measure(self, candidate: Path, parent: Path, held_out: Path, trained: Path, wanted: Any) -> Any:
+        return super().measure(parent, parent, held_out, trained, wanted)
 
 
 class Place:

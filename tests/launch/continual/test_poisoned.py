@@ -91,7 +91,7 @@ class GradientUpdater:
     def lacks(self, rows: int, responses: int) -> str:
         return "" if rows >= 32 else f"{rows} rows"
 
-    def checks(self, model: Path) -> FeedbackChecks:
+    def checks(self, model: Path, versions: Sequence[Path] = ()) -> FeedbackChecks:
         return FeedbackChecks(n_items=ITEMS, catalogues=frozenset({self.catalogue.digest}))
 
     def update(self, task: Update) -> Path:
