@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         target="launch.serving.command:serve_command",
         summary="answer requests with the served version of a registry, and log what is shown",
     ),
+    "recommend": Command(
+        target="launch.serving.recommend_command:recommend_command",
+        summary="recommend for many contexts at once, Parquet to Parquet",
+        answers=True,
+    ),
     "continual": Command(
         target="launch.continual.command:continual_command",
         summary="keep the served model up to date from a feedback log, guarded",

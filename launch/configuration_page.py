@@ -28,6 +28,7 @@ from launch.id_commands import IdsCommand
 from launch.provenance import ROOT
 from launch.run_directory import MAY_CHANGE
 from launch.serving.command import ServeCommand
+from launch.serving.recommend_command import RecommendCommand
 from launch.setting_names import Key, is_section, keys, must_be_given
 from launch.simulate_command import SimulateCommand
 from launch.strata_command import StrataCommand
@@ -44,6 +45,7 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
     "eval": EvalCommand,
     "strata": StrataCommand,
     "serve": ServeCommand,
+    "recommend": RecommendCommand,
     "continual": Section,
     "registry show": VersionCommand,
     "registry promote": PromoteCommand,
@@ -52,7 +54,7 @@ COMMANDS: Mapping[str, type[BaseModel]] = {
 }
 """Commands whose arguments are settings; `train` takes those of the jobs."""
 SHARED_SECTIONS = ("rollout", "cluster")
-"""Sections of `eval`, `strata`, `serve` and `data simulate` that are the ones of the jobs."""
+"""Sections of `eval`, `strata`, `serve`, `recommend` and `data simulate` that are the ones of the jobs."""
 
 HEAD = """# Configuration
 

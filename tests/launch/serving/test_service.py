@@ -1,6 +1,6 @@
 """Contract: the real thing. `windlass serve` with vLLM behind Ray Serve: what it answers is what the log holds, with
 its log-propensity; a new version takes over without a refused request; a process that is killed under load loses no
-request that was answered; SIGTERM ends it with exit code 0.
+request that was answered; SIGTERM ends it with exit code 0. `windlass recommend` with Ray Data and vLLM.
 
 Propensities against the exact policy: test_exposure.py. Bad requests, batching and the disk: test_replica.py. Wrong
 command lines are checked here, without Ray. Not checked: killing Ray's own processes with the service.
@@ -19,15 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 
 from data.feedback_reading import FeedbackChecks, read_feedback
 from launch import cli
+from launch.provenance import ROOT
 from launch.serving.exposure_log import ExposureLog
 from reward.service import free_port
-from tests.launch.serving.world import ITEMS, make_registry
+from tests.launch.serving.world import ITEMS, make_registry, write_model
 from tests.requirements import require
+from tests.small_world import windlass
+from tests.tiny_model import tiny_catalogue
 
 UP_S = 240.0
 
@@ -185,6 +192,36 @@ def test_killed_and_followed(folder: Path) -> None:
         assert rows[answer["request_id"]]["response"] == [0.0, 0.5, 0.0]
     finally:
         service.kill_everything()
+
+
+@pytest.mark.long
+def test_recommend_in_batch(folder: Path) -> None:
+    """Ray Data with two vLLM engines: the rows in their order, and the answer by its schema."""
+    catalogue = tiny_catalogue(items=ITEMS)
+    write_model(folder / "model", catalogue, 0)
+    (folder / "contexts").mkdir()
+    for part in range(2):
+        history = [[(7 * part + row) % ITEMS, row] for row in range(20)]
+        names = [f"{part}-{row:02d}" for row in range(20)]
+        pq.write_table(pa.table({"request_id": names, "history": history}), folder / "contexts" / f"{part}.parquet")
+    done = windlass(
+        *("recommend", "model", "--contexts", "contexts", "--out", "out", "--k", "3", "--batch", "8", "--json", "-"),
+        *("--rollout.dtype", "float32", "--rollout.kv-cache-gib", "0.1", "--rollout.engines", "2"),
+        *("--rollout.threads", "1", "--cluster.object-store-mib", "128"),
+        cwd=folder,
+        WINDLASS_PACKAGE_DIGEST="unchecked",
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    content = json.loads((ROOT / "docs" / "schemas" / "recommend.schema.json").read_text())
+    jsonschema.Draft202012Validator(content).validate(answer)
+    rows = pads.dataset(folder / "out", format="parquet").to_table().to_pylist()
+    assert [row["request_id"] for row in rows] == [f"{part}-{row:02d}" for part in range(2) for row in range(20)]
+    for row in rows:
+        assert len(set(row["items"])) == 3
+        assert not set(row["items"]) & set(row["history"])
+        assert (row["policy_version"], row["propensity_kind"]) == (answer["policy_version"], "sample")
+    assert not list(folder.glob(".out*"))
 
 
 @pytest.mark.parametrize(
