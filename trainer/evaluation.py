@@ -130,7 +130,8 @@ class Evaluator:
         self._batch = batch
         self._seed = seed
         self._unconstrained_rows = min(unconstrained_rows, len(self._rows))
-        self._count_I = dataset.train_counts()
+        # A dataset that has grown since has more items, behind those of the catalogue.
+        self._count_I = dataset.train_counts()[: catalogue.n_items]
         self._tail_I = tail_items(self._count_I)
         self._exposures = exposures
         scores = scores or ScoreSettings()

@@ -86,8 +86,8 @@ class RecipeUpdater:
         """Measure both models on the held-out rows; see `launch.continual.measuring`."""
         if not wanted:
             return {}
-        # Whose catalogue the rows are of was checked when they were held out.
-        checks = replace(self.checks(parent, []), catalogues=None)
+        # Whose catalogue the rows are of was checked when they were held out; the candidate may have retired items.
+        checks = replace(self.checks(candidate, []), catalogues=None)
         log = read_feedback(held_out, checks)
         rows = HeldOut(log=log, trained=trained, checks=checks, settings=self._measure)
 

@@ -96,6 +96,14 @@ def test_hits_and_requests() -> None:
     assert result.unconstrained_invalid is None
 
 
+def test_a_dataset_that_has_grown_since_changes_nothing() -> None:
+    catalogue = Catalogue.from_codes([[0], [1], [2], [3], [4]])
+    lists = [[0, 1], [0, 1], [2, 3], [3, 0]]
+    before = evaluator(catalogue, FakeDataset([0, 1, 0, 3], [5, 4, 3, 2, 1])).run(FakeGenerator(lists))
+    after = evaluator(catalogue, FakeDataset([0, 1, 0, 3], [5, 4, 3, 2, 1, 0, 7])).run(FakeGenerator(lists))
+    assert after.items.values == before.items.values
+
+
 def test_an_invalid_output_is_counted_and_an_absent_slot_is_not() -> None:
     catalogue = Catalogue.from_codes([[0], [1], [2], [3], [4]])
     result = evaluator(catalogue, FakeDataset([0, 1], [1] * 5)).run(FakeGenerator([[NO_ITEM, 0], [1]]))

@@ -17,7 +17,7 @@ import pytest
 
 from data.catalogue import Catalogue
 from data.code_vectors import codebooks_path, save_codebooks
-from data.codes import Codes, codes_path
+from data.codes import Codes, OnCollision, codes_path
 from data.growth import same_tokens
 from launch import cli
 from launch.continual.cycle import begin_registry
@@ -145,7 +145,8 @@ def test_an_update_follows_a_catalogue_that_has_grown(world: World) -> None:
     (world.folder / "new.csv").write_text("item_key,title\n" + "".join(f"new-{n},New {n}\n" for n in range(20)))
     grown = world.folder / "grown"
     codes = Codes.load(codes_path(world.dataset, "default"))
-    codes = dataclasses.replace(codes, provenance=codes.provenance | {"settings": {"source": "cooccurrence"}})
+    provenance = codes.provenance | {"settings": {"source": "cooccurrence"}}
+    codes = dataclasses.replace(codes, on_collision=OnCollision.RESOLVE, provenance=provenance)
     codes.save(codes_path(world.dataset, "default"))
     books = [np.arange(2 * size, dtype=np.float32).reshape(size, 2) for size in codes.level_sizes]
     save_codebooks(codebooks_path(world.dataset, "default"), codes, books)

@@ -60,6 +60,7 @@ def undisturbed(world: World) -> tuple[Any, ...]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("point", ["step:2", "measure:1", "decided:1"])
 def test_a_killed_service_ends_as_if_nobody_had_killed_it(
     world: World, undisturbed: tuple[Any, ...], point: str
@@ -86,6 +87,7 @@ print("TOKENS", list(answer.outputs[0].token_ids))
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_served_version_is_a_folder_that_vllm_loads(world: World, undisturbed: tuple[Any, ...]) -> None:
     current = world.folder / "undisturbed" / "current"
     done = subprocess.run(
