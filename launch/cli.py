@@ -171,6 +171,11 @@ COMMANDS: dict[str, Command] = {
         summary="the benchmarks, small, against the ratios last accepted (make bench)",
         answers=True,
     ),
+    "submit": Command(
+        target="launch.submission.command:submit_command",
+        summary="any of these commands on a cluster: a Ray job, Slurm, or a KubeRay RayJob",
+        own_arguments=True,
+    ),
     "report": Command(target="launch.report:report_command", summary="the HTML report of a run, registry or replay"),
     "compare": Command(
         target="launch.compare:compare_command", summary="compare two runs with a paired bootstrap", answers=True

@@ -13,13 +13,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError, RunError
 from data.faults import FAULT_VARIABLE
+from launch.node_check import check_nodes
 from launch.provenance import ROOT, package_digest
 from launch.user_path import PACKAGES, append_user_path
 from trainer.run_settings import ClusterSettings
@@ -31,6 +32,8 @@ USER_PATH_VARIABLE = "WINDLASS_USER_PATH"
 """The driver's folder, which workers put last on their module path."""
 WORKING_DIRECTORY = Path(__file__).parent / "worker_directory"
 HOOK = "launch.cluster.check_packages"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the driver of a submitted job: the job's runtime environment."""
 CONNECT_S = 10.0
 """Seconds within which a cluster's address must take a connection."""
 FEWEST_LOGICAL_CPUS = 8
@@ -64,31 +67,47 @@ def check_packages() -> None:
         )
 
 
+def shipped_with_job() -> bool:
+    """Whether our packages came as the working directory of the Ray job that this process drives."""
+    return JOB_VARIABLE in os.environ and Path.cwd().resolve() == ROOT
+
+
 def runtime_environment(extra: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What Ray gives every worker of a run."""
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     digest = UNCHECKED if os.environ.get(DIGEST_VARIABLE) == UNCHECKED else package_digest()
     variables |= {DIGEST_VARIABLE: digest, USER_PATH_VARIABLE: os.getcwd(), **(extra or {})}
-    return {
-        "working_dir": str(WORKING_DIRECTORY),
-        "worker_process_setup_hook": HOOK,
-        "env_vars": variables,
-    }
+    # Packages that came with the job are on the nodes in the job's own working directory only.
+    folder = {} if shipped_with_job() else {"working_dir": str(WORKING_DIRECTORY)}
+    return {**folder, "worker_process_setup_hook": HOOK, "env_vars": variables}
 
 
 @contextmanager
 def cluster(
-    settings: ClusterSettings, *, environment: Mapping[str, str] | None = None, quiet: bool = True
+    settings: ClusterSettings,
+    *,
+    environment: Mapping[str, str] | None = None,
+    quiet: bool = True,
+    folders: Sequence[Path] = (),
 ) -> Iterator[None]:
     """Start Ray on this machine, or connect to a running cluster, and leave it at the end.
 
     Within another call of it, this one takes part in that one's cluster: sessions that follow each other (a replay)
-    start Ray once. `environment` is added to every worker's. A cluster started here keeps Ray's default for token
-    authentication (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
+    start Ray once.
+
+    A cluster is joined where `cluster.address` or RAY_ADDRESS (which submitted jobs have) names one; then every node is
+    checked before anything is started. `environment` is added to every worker's. A cluster started here keeps Ray's
+    default for token authentication (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
+
+    Args:
+        settings: the section `cluster`.
+        environment: variables of every worker.
+        quiet: keep what workers print to their log files.
+        folders: folders that every node must share with this one.
 
     Raises:
-        RequestError: there is no cluster at `cluster.address`.
-        RunError: a worker's packages are not the driver's.
+        RequestError: there is no cluster at `cluster.address`, or a node does not see a folder.
+        RunError: a worker's packages, or a node's libraries, are not the driver's.
     """
     import logging
 
@@ -107,7 +126,8 @@ def cluster(
         "log_to_driver": not quiet,
         "logging_level": logging.ERROR if quiet else logging.INFO,
     }
-    if settings.address is None:
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if not address:
         arguments |= {
             "address": "local",
             "num_cpus": settings.num_cpus or max(FEWEST_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -115,20 +135,22 @@ def cluster(
             "include_dashboard": False,
         }
     else:
-        check_address(settings.address)
-        arguments["address"] = settings.address
+        check_address(address)
+        arguments["address"] = address
+        # What a submitted job was given and what a run gives its workers are joined; where both speak, the run does.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**arguments)
     except (ConnectionError, ValueError) as error:
-        raise RequestError(
-            "cluster.address", settings.address, f"the address of a running Ray cluster ({error})"
-        ) from error
+        raise RequestError("cluster.address", address, f"the address of a running Ray cluster ({error})") from error
     # Ray takes SIGTERM over and ends the process at once; a run ends at its next step boundary.
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     try:
         _try_a_worker()
+        if address:
+            check_nodes(folders)
         _HELD.append(True)
         yield
     finally:

@@ -28,7 +28,7 @@ def train(job: Job, run: RunDirectory) -> dict[str, Any]:
         elif isinstance(job, CriticJob):
             summary = train_critic_job(job, run, interruption)
         else:
-            with cluster(job.cluster):
+            with cluster(job.cluster, folders=[run.path]):
                 summary = train_policy_job(job, run, interruption)
         summary["peak_pss_gib"] = memory.peak_pss_gib
     run.write_summary(summary)

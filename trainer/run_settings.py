@@ -135,7 +135,8 @@ class ClusterSettings(Settings):
     """Where the processes run."""
 
     address: str | None = None
-    """Address of a running Ray cluster (`auto` finds it); none starts one on this machine."""
+    """Address of a running Ray cluster (`auto` finds it); none takes RAY_ADDRESS, which submitted jobs have, and else
+    starts one on this machine."""
     num_cpus: int | None = Field(None, ge=1)
     """Logical CPUs of a cluster started here; none takes the larger of 8 and the cores, so that small actors fit."""
     object_store_mib: int = Field(512, ge=80)

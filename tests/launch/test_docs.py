@@ -21,6 +21,8 @@ from launch.config import RECIPES
 from launch.continual.command import parser, read_continual
 from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT
+from launch.submission.command import read_submission
+from launch.submission.plan import make_plan
 from launch.train_arguments import resolve, split_arguments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,6 +77,8 @@ def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.M
             check_continual(rest)
         elif name == "replay":
             read_replay(rest)
+        elif name == "submit":
+            check_submit(rest)
         else:
             check_other(name, rest)
 
@@ -94,6 +98,13 @@ def check_continual(arguments: list[str]) -> None:
     """The arguments of `continual` give a job and rules."""
     known, overrides = parser().parse_known_args(arguments)
     read_continual(known.recipe, overrides, log=known.log, registry=known.registry)
+
+
+def check_submit(arguments: list[str]) -> None:
+    """The options are accepted, and the plan of the command stands."""
+    settings, words, _ = read_submission(arguments)
+    if settings is not None:
+        make_plan(settings, words)
 
 
 def check_other(name: str, arguments: list[str]) -> None:
