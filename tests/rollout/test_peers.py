@@ -71,7 +71,9 @@ def ray_cluster() -> Iterator[Any]:
 
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+        ray.init(
+            address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20
+        )
     yield ray
     if started:
         ray.shutdown()

@@ -47,7 +47,7 @@ def groups(model: Path) -> Iterator[tuple[LearnerGroup, LearnerGroup]]:
     import ray
 
     common = {"row_tokens": 64, "token_budget": 128, "dtype": "float32", "device": "cpu", "threads": 1, "lr": 1e-3}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         actors = LearnerGroup.start(
             LearnerSettings.model_validate(common | {"ranks": 2}), model, TrieOnly(), 0, 10, reference_dir=model
