@@ -460,7 +460,7 @@ class Copying:
         return task.work / "model"
 
     def measure(
-        self, candidate: Path, parent: Path, held_out: Path, wanted: Sequence[tuple[str, float]]
+        self, candidate: Path, parent: Path, held_out: Path, trained: Path, wanted: Sequence[tuple[str, float]]
     ) -> dict[tuple[str, float], Evidence]:
         mean = float(read_feedback(held_out, self.checks(parent, ())).anchors().response_N.mean())
         exact, none = Range(value=mean, low=mean, high=mean), Range(value=0, low=0, high=0)
