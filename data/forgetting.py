@@ -24,7 +24,7 @@ from data.errors import RequestError
 from data.feedback import SUCCESS
 from data.parquet import Digest, fingerprint_of, open_parquet
 from data.responses import response_files
-from data.schema import CARD, INTERACTIONS, QUARANTINE, SPLITS, USERS, write_card
+from data.schema import CARD, INTERACTIONS, QUARANTINE, SPLIT_NAMES, SPLITS, USERS, write_card
 
 BATCH_ROWS = 1 << 16
 Kept = Callable[[pa.Table], pa.Array]
@@ -86,8 +86,10 @@ def forget_in_dataset(dataset: Dataset, user: int, forgotten: Forgotten) -> None
     for path in sorted((partial / QUARANTINE).glob("*.parquet")):
         forgotten.add("quarantine", rewrite(path, lambda table: _without_key(table, key)))
     card |= {"digests": digests, "counts": counts, "forgotten_users": int(card.get("forgotten_users", 0)) + 1}
+    write_card(partial, card)
+    left = Dataset.open(partial)
+    card["split"] = {**card["split"], "rows": {split: len(left.samples(split)) for split in SPLIT_NAMES}}
     card["fingerprint"] = fingerprint_of(card)
-    (partial / CARD).unlink()
     write_card(partial, card)
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)

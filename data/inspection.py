@@ -67,6 +67,9 @@ def describe_lines(answer: dict[str, Any]) -> list[str]:
         f"split: {answer['split']['kind']}",
     ]
     for split, row in answer["splits"].items():
+        if not row["rows"]:
+            lines.append(f"  {split:<5} no rows")
+            continue
         span = f", {row['from']} to {row['to']}" if row["from"] else ""
         lines.append(
             f"  {split:<5} {row['rows']:>10,} rows{span}; history median {row['history_median']:g}, "
@@ -102,6 +105,8 @@ def _check_samples(dataset: Dataset, samples: dict[str, Samples]) -> None:
 
 
 def _describe(dataset: Dataset, rows: Samples, train: Samples) -> dict[str, Any]:
+    if not len(rows):
+        return {"rows": 0}
     length = rows.end_N - rows.start_N
     repeated = sum(int(rows.target_N[i]) in rows.values[rows.start_N[i] : rows.end_N[i]] for i in _probe(len(rows)))
     known = rows.timestamp_N[rows.timestamp_N > 0]
@@ -150,7 +155,7 @@ def _quarantined(path: Path) -> int:
 def _remarks(answer: dict[str, Any]) -> list[str]:
     """What a user should know before trusting numbers on this dataset."""
     remarks = []
-    unseen = answer["splits"]["test"]["unseen_user_share"]
+    unseen = answer["splits"]["test"].get("unseen_user_share", 0.0)
     if unseen > 0.5:
         remarks.append(f"{unseen:.0%} of the test rows belong to users unseen in training")
     tied = answer["events"].get("tied_share", 0.0)
