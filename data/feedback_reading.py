@@ -266,7 +266,7 @@ class _List:
     """A list column as joined entries and the row of each."""
 
     def __init__(self, table: pa.Table, name: str) -> None:
-        column = table[name].combine_chunks()
+        column = _column(table, name)
         self.length_N = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         self._entries = column.flatten()
 
@@ -278,8 +278,7 @@ class _List:
     @property
     def null_E(self) -> BoolArray:
         """Entries that are null."""
-        null: BoolArray = self._entries.is_null().to_numpy(zero_copy_only=False)
-        return null
+        return _nulls(self._entries)
 
     def ints(self) -> IntArray:
         """int32 entries; null becomes -1, which is no item."""
@@ -300,16 +299,28 @@ class _List:
         return found
 
 
-def _null(table: pa.Table, name: str) -> BoolArray:
-    null: BoolArray = table[name].combine_chunks().is_null().to_numpy(zero_copy_only=False)
+def _column(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array; `combine_chunks` copies one that is a single chunk already."""
+    column = table[name]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _nulls(column: pa.Array) -> BoolArray:
+    if not column.null_count:
+        return np.zeros(len(column), np.bool_)
+    null: BoolArray = column.is_null().to_numpy(zero_copy_only=False)
     return null
+
+
+def _null(table: pa.Table, name: str) -> BoolArray:
+    return _nulls(_column(table, name))
 
 
 class _Words:
     """A text column of few different words."""
 
     def __init__(self, table: pa.Table, name: str) -> None:
-        column = table[name].combine_chunks()
+        column = _column(table, name)
         encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         # The last word stands for null.
         self._words = [word or "" for word in encoded.dictionary.to_pylist()] + [""]
@@ -322,7 +333,7 @@ class _Words:
 
 
 def _without_text(table: pa.Table, name: str) -> BoolArray:
-    length = pc.fill_null(pc.binary_length(table[name].combine_chunks()), 0)
+    length = pc.fill_null(pc.binary_length(_column(table, name)), 0)
     return np.asarray(length.to_numpy(zero_copy_only=False) == 0)
 
 

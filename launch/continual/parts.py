@@ -68,7 +68,9 @@ class Parts:
         if self._writer is None:
             path = self._folder / f"part-{len(self.files):05d}.parquet"
             # These files are read once or twice and removed: speed counts more than size.
-            self._writer = pq.ParquetWriter(path, MARKED, compression="lz4", use_dictionary=FEW_WORDS)
+            self._writer = pq.ParquetWriter(
+                path, MARKED, compression="lz4", use_dictionary=FEW_WORDS, write_statistics=False
+            )
         self._writer.write_table(table.cast(MARKED))
         self._in_file += len(table)
         if self._in_file >= ROWS_PER_FILE:
