@@ -1,10 +1,12 @@
 """A poisoned day: its responses are inverted, the guard rejects the update, the reason is legible, and what is served
 does not move; its clean twin and at least 9 of 10 clean days that follow each other are promoted. An inversion of a
-fifth of the responses is tried as well; what becomes of it is a property of the test (`pytest --junitxml`).
+fifth of the responses is tried as well. What was decided of the clean days and of that one are properties of the test
+run (`pytest -m "long or not long" --junitxml FILE`).
 
 Cycle, registry, guard (with its default conditions), policy serving and measurement are real, by the reference engine
 in this process. In place of an ABPO job an update is a plain gradient on the logged rows with ABPO's anchor weights, so
-that it takes a second; the same with real jobs and fleets is in test_poisoned_fleet.py.
+that it takes a second; real jobs are in test_command.py, real fleets in test_dying_fleet.py. Not checked: a poisoned
+day with a real ABPO job, and the days of a real dataset (docs/results.md tells those).
 """
 
 from __future__ import annotations
@@ -130,6 +132,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._served: dict[tuple[str, str, int], pa.Table] = {}
         self.dataset = write_dataset(folder / "dataset")
         self.catalogue = Catalogue.build(self.dataset, "default")
         self.model = write_tiny_model(folder / "model", self.catalogue, hidden=32, layers=1, spread=1.0)
@@ -170,25 +173,32 @@ class World:
 
     def serve(self, log: Path, registry: Registry, day: str, seed: int, *, inverted: float = 0.0) -> None:
         """A day of what is served now, with a share of the responses inverted."""
-        current = registry.current()
-        assert current is not None
-        samples = self.walks(seed, day_start(day))
-        table = simulate(
-            engine(current.path),
-            samples,
-            np.arange(len(samples)),
-            builder(current.path),
-            ServingSettings(horizon=2, seed=seed),
-            name=day,
-            policy_version=current.name,
-            batch=128,
-        ).log.table
+        table = self.shown(registry, day, seed)
         response_N = table["response"].combine_chunks().flatten().to_numpy()
         turned_N = np.random.default_rng(seed).random(len(table)) < inverted
         response_N = np.where(turned_N, 1 - response_N, response_N).astype(np.float32)
         at = table.schema.get_field_index("response")
         given = pa.array(response_N.reshape(-1, 1).tolist(), table.schema.field(at).type)
         write_feedback(log, table.set_column(at, table.schema.field(at), given))
+
+    def shown(self, registry: Registry, day: str, seed: int) -> pa.Table:
+        """What is served now, with sound responses; the same for twins, which is decoded once."""
+        current = registry.current()
+        assert current is not None
+        key = (current.name, day, seed)
+        if key not in self._served:
+            samples = self.walks(seed, day_start(day))
+            self._served[key] = simulate(
+                engine(current.path),
+                samples,
+                np.arange(len(samples)),
+                builder(current.path),
+                ServingSettings(horizon=2, seed=seed),
+                name=day,
+                policy_version=current.name,
+                batch=128,
+            ).log.table
+        return self._served[key]
 
     def registry(self, name: str) -> Registry:
         registry = Registry(self.folder / name / "registry", create=True)
@@ -229,19 +239,20 @@ def test_a_poisoned_day_is_rejected_and_its_clean_twin_promoted(world: World) ->
 
 
 @pytest.mark.long
-def test_clean_days_are_promoted(world: World) -> None:
+def test_clean_days_are_promoted(world: World, record_testsuite_property: Any) -> None:
     registry = world.registry("days")
     decisions = []
     for number, day in enumerate(days(10)):
         world.serve(world.folder / "days" / "log", registry, day, 10 + number)
         decisions.append(world.run("days", day).decision.value)
+    record_testsuite_property("clean days", " ".join(decisions))
     assert decisions.count("promoted") >= 9, decisions
 
 
 @pytest.mark.long
-def test_an_inversion_of_a_fifth_is_decided_by_the_guard(world: World, record_property: Any) -> None:
+def test_an_inversion_of_a_fifth_is_decided_by_the_guard(world: World, record_testsuite_property: Any) -> None:
     result, registry = world.one_day("fifth", 0.2)
     assert result.decision in ("promoted", "rejected")
     served = registry.promotions()[-1].version
     assert served == (2 if result.decision == "promoted" else 1)
-    record_property("a fifth inverted", f"{result.decision}; {'; '.join(map(str, result.reasons))}")
+    record_testsuite_property("a fifth inverted", f"{result.decision}; {'; '.join(map(str, result.reasons))}")
