@@ -6,6 +6,7 @@ be held against what it earned itself. `ope model` takes a model and a feedback 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from data.catalogue import Catalogue
 from data.feedback import FeedbackLog
-from data.feedback_reading import FeedbackChecks, read_feedback
+from data.feedback_reading import FeedbackChecks
 from data.open_bandit import BanditLog, Campaign, LoggingPolicy, open_bandit
 from data.settings import Settings
 from launch.cluster import cluster
@@ -175,10 +176,11 @@ def ope_model_command(
     """Estimate what a model that serves by sampling would have earned, from the log of another policy."""
     hf_dir = open_model(arguments.checkpoint)
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
+    # Retiring items changes the digest; the log may be older.
+    whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
     checks = FeedbackChecks(
-        n_items=catalogue.n_items, active_I=catalogue.active, catalogues=frozenset({catalogue.digest})
+        n_items=catalogue.n_items, active_I=catalogue.active, catalogues=frozenset({catalogue.digest, whole.digest})
     )
-    log = read_feedback(arguments.log, checks)
     settings = MeasureSettings(
         rows=arguments.rows,
         seed=arguments.seed,
@@ -188,7 +190,8 @@ def ope_model_command(
         ranker=arguments.ranker,
         draws=arguments.draws,
     )
-    held_out = HeldOut(log=log, trained=arguments.log, checks=checks, settings=settings)
+    held_out = HeldOut.read(arguments.log, trained=arguments.log, checks=checks, settings=settings)
+    log = held_out.log
 
     def start(model: Path, catalogue: Catalogue) -> RolloutFleet:
         return RolloutFleet.start(arguments.rollout, model, catalogue)

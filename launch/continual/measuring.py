@@ -102,11 +102,23 @@ class HeldOut:
     """The held-out rows, by what they can tell."""
 
     log: FeedbackLog
+    """With the rows of items that the candidate has retired: it shows those with probability 0, so they weigh nothing
+    in its off-policy values, and without them both values would be of other rows than were logged."""
     trained: Path
     """Feedback log that the candidate was trained on."""
     checks: FeedbackChecks
-    """Of the version before, which may know fewer items than the candidate."""
+    """Of the candidate."""
     settings: MeasureSettings
+
+    @staticmethod
+    def read(folder: Path, *, trained: Path, checks: FeedbackChecks, settings: MeasureSettings) -> HeldOut:
+        """Read the log in `folder`.
+
+        Raises:
+            RequestError: as `data.feedback_reading.read_feedback`.
+        """
+        log = read_feedback(folder, dataclasses.replace(checks, active_I=None))
+        return HeldOut(log=log, trained=trained, checks=checks, settings=settings)
 
     @cached_property
     def exposures(self) -> Exposures:
@@ -116,14 +128,13 @@ class HeldOut:
     @cached_property
     def organic(self) -> Samples:
         """Requests with an organic interaction after them, as their target; one that both models can show."""
-        samples = organic_samples(self.log)
-        return samples.take(np.flatnonzero(samples.target_N < self.checks.n_items))
+        return self._possible(organic_samples(self.log))
 
     @cached_property
     def exposed(self) -> Samples:
-        """Requests with a response; the target is what was shown."""
+        """Requests with a response; the target is what was shown, if the candidate can show it."""
         samples = self.log.samples()
-        return samples.take(np.flatnonzero(self.log.anchors().response_N > 0))
+        return self._possible(samples.take(np.flatnonzero(self.log.anchors().response_N > 0)))
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -132,6 +143,12 @@ class HeldOut:
         logp0_N = self.log.anchors().logp0_N
         usable = np.flatnonzero((kind_N != PropensityKind.NONE.value) & np.isfinite(logp0_N) & (logp0_N <= 0))
         return usable[sample_rows(len(usable), self.settings.rows, self.settings.seed)]
+
+    def _possible(self, samples: Samples) -> Samples:
+        known_N = samples.target_N < self.checks.n_items
+        if self.checks.active_I is not None:
+            known_N[known_N] = self.checks.active_I[samples.target_N[known_N]]
+        return samples.take(np.flatnonzero(known_N))
 
     def samples(self, name: str) -> Samples:
         """`organic` or `exposed`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.catalogue import Catalogue
 from data.dataset import Dataset
-from data.feedback_reading import FeedbackChecks, read_feedback
+from data.feedback_reading import FeedbackChecks
 from launch.cluster import cluster
 from launch.config import job_from, to_mapping
 from launch.continual.guard import Evidence
@@ -86,10 +86,9 @@ class RecipeUpdater:
         """Measure both models on the held-out rows; see `launch.continual.measuring`."""
         if not wanted:
             return {}
-        # Whose catalogue the rows are of was checked when they were held out; the candidate may have retired items.
+        # Whose catalogue the rows are of was checked when they were held out.
         checks = replace(self.checks(candidate, []), catalogues=None)
-        log = read_feedback(held_out, checks)
-        rows = HeldOut(log=log, trained=trained, checks=checks, settings=self._measure)
+        rows = HeldOut.read(held_out, trained=trained, checks=checks, settings=self._measure)
 
         def start(model: Path, catalogue: Catalogue) -> RolloutFleet:
             return RolloutFleet.start(self._job.rollout, model, catalogue)

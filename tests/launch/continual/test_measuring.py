@@ -7,6 +7,7 @@ the measures of exposure have tests of their own.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from rollout.reference_engine import ReferenceEngine
 from rollout.settings import RolloutSettings
 from tests.small_world import write_dataset
 from tests.tiny_model import write_tiny_model
+from trainer.logged_policy import logged_scores
 from trainer.prompt_card import PromptCard
 
 ROWS = 80
@@ -121,6 +123,40 @@ def test_off_policy_values(world: World) -> None:
     assert 0 <= found["policy_gap"].candidate.value < 1e-4
     same = world.measure(world.first, "snips")["snips"].difference
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_rows_of_retired_items_weigh_nothing_off_policy(world: World) -> None:
+    """IPS is a mean over all rows that were logged; leaving those out would raise it by their share."""
+    response_N, item_N = world.log.anchors().response_N, world.log.anchors().item_N
+    retired = np.unique(np.concatenate([item_N[response_N > 0][:1], item_N[response_N == 0][:4]]))
+    catalogue = world.catalogue.retire(retired)
+    candidate = world.folder / "retired"
+    shutil.copytree(world.second, candidate, ignore=shutil.ignore_patterns("catalogue"))
+    catalogue.save(candidate / "catalogue")
+    checks = FeedbackChecks(n_items=catalogue.n_items, active_I=catalogue.active)
+    settings = MeasureSettings(k=(1, 5), resamples=200)
+    log = world.folder / "log"
+    held_out = HeldOut.read(log, trained=log, checks=checks, settings=settings)
+    wanted = [(name, 0.9) for name in ("ips", "snips", "exposed_hr@5", "hr@5", "policy_gap")]
+    found = {
+        metric: evidence
+        for (metric, _), evidence in Measurer(engine, world.dataset, held_out)
+        .measure(candidate, world.first, wanted)
+        .items()
+    }
+    gone_N = np.isin(item_N, retired)
+    assert ROWS > gone_N.sum() > 0
+    prompts = PromptCard.read(candidate).builder(catalogue).build(world.log.samples()).prompts
+    scores = logged_scores(candidate, catalogue, prompts, item_N, np.ones(ROWS), batch=64)
+    assert np.isneginf(scores.logp_N[gone_N]).all()
+    weight_N = np.exp(scores.logp_N - world.log.anchors().logp0_N).clip(max=settings.weight_clip)
+    assert found["ips"].n == ROWS
+    assert found["ips"].candidate.value == pytest.approx((weight_N * response_N).sum() / ROWS, rel=1e-4)
+    assert found["snips"].candidate.value == pytest.approx((weight_N * response_N).sum() / weight_N.sum(), rel=1e-4)
+    assert found["ips"].parent.value == pytest.approx(response_N.mean(), rel=1e-4)
+    assert found["exposed_hr@5"].n == (response_N[~gone_N] > 0).sum() < (response_N > 0).sum()
+    assert catalogue.active[held_out.organic.target_N].all()
+    assert 0 <= found["policy_gap"].candidate.value < 1e-4
 
 
 def test_doubly_robust_values_take_a_ranker(world: World) -> None:
