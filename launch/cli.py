@@ -166,6 +166,11 @@ COMMANDS: dict[str, Command] = {
         summary="time reading, validating and joining a day of a feedback log",
         answers=True,
     ),
+    "bench serve": Command(
+        target="launch.bench.serve:serve_command",
+        summary="time requests to the service on loopback, and kill it under load",
+        answers=True,
+    ),
     "bench suite": Command(
         target="launch.bench.suite:suite_command",
         summary="the benchmarks, small, against the ratios last accepted (make bench)",
