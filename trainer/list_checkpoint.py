@@ -2,10 +2,7 @@
 
 Every need that the model was made for is measured on the same seeded sample of a split, with all gains. `seen` are the
 needs that its training took, `unseen` the one that was held out; both are means over needs, so a need with few prompts
-counts like any other. With beams a prompt's list is the most probable one they reached; with samples a prompt's value
-is the mean over its lists. A list that is no permutation of the candidates (or its first K) is counted as invalid.
-
-Suffixes: `_N` prompt, `_K` place in the list, `_C` candidate.
+counts like any other. Suffix: `_N` prompt.
 """
 
 from __future__ import annotations
@@ -25,18 +22,18 @@ from data.catalogue import Catalogue
 from data.dataset import Dataset
 from data.errors import RequestError
 from data.ranking_prompts import RankingPromptBatch
-from data.records import NO_ITEM, Decode, DecodeSpec, Groups, IntArray, LongArray, Prompt
+from data.records import Decode, DecodeSpec, IntArray, LongArray
 from data.settings_data import PromptSettings
-from reward.list_metrics import Floats, list_metrics
+from reward.list_metrics import Floats
 from reward.ranker import Ranker
 from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
 from trainer.candidate_orders import candidate_orders
 from trainer.checkpoint_evaluation import check_same_items
 from trainer.checkpoints import open_model
-from trainer.evaluation import Generator
 from trainer.initial_model import CATALOGUE, check_model
 from trainer.list_data import ListData
+from trainer.list_measures import measure_lists, order_metrics
 from trainer.list_settings import ListSettings
 from trainer.prompt_card import PromptCard
 
@@ -65,6 +62,10 @@ class ListRows:
     decode: Decode = Decode.BEAM
     width: int = 1
     """Beams, or samples per prompt."""
+
+    def spec(self, lists: ListSettings) -> DecodeSpec:
+        """What a model's engines are asked for."""
+        return DecodeSpec(decode=self.decode, width=self.width, seed=self.seed, lists=lists.spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def evaluate_lists(
     needs = {}
     with closing(RolloutFleet.start(rollout, model.hf_dir, model.catalogue)) as fleet:
         for name, batch in model.asked.items():
-            value_N, invalid = measure_lists(fleet, batch.prompts, card.lists, which, ks)
+            value_N, invalid = measure_lists(fleet, batch.prompts, which.spec(card.lists), batch=which.batch, ks=ks)
             orders = candidate_orders(batch.prompts, count_I, rankers, seed=which.seed)
             needs[name] = NeedRows(
                 role=role_of(name, card.lists),
@@ -159,7 +160,9 @@ def evaluate_lists(
                 user_id_N=np.array([prompt.user_id for prompt in batch.prompts], np.int32),
                 value_N=value_N,
                 orders={
-                    order: order_metrics(batch.prompts, [row for row in rows if row is not None], card.lists, ks)
+                    order: order_metrics(
+                        batch.prompts, [row for row in rows if row is not None], card.lists.spec.width, ks
+                    )
                     for order, rows in orders.items()
                     if all(row is not None for row in rows)
                 },
@@ -198,57 +201,6 @@ def cut_offs(ks: Sequence[int], lists: ListSettings) -> tuple[int, ...]:
     return tuple(sorted({k for k in ks if k <= lists.spec.width} | {lists.spec.width}))
 
 
-def measure_lists(
-    generator: Generator, prompts: Sequence[Prompt], lists: ListSettings, which: ListRows, ks: Sequence[int]
-) -> tuple[dict[str, Floats], float]:
-    """Metrics of a policy's lists for each prompt, and the share of invalid lists.
-
-    Args:
-        generator: a fleet, or one engine.
-        ks: cut-offs.
-    """
-    spec = DecodeSpec(decode=which.decode, width=which.width, seed=which.seed, lists=lists.spec)
-    # Of a beam only the most probable list is shown to anybody.
-    members = which.width if which.decode is Decode.SAMPLE else 1
-    gain_rows, prompt_N, invalid = [], [], 0
-    for first in range(0, len(prompts), which.batch):
-        some = prompts[first : first + which.batch]
-        groups = generator.generate(some, spec)
-        for row, prompt in enumerate(some):
-            for member in range(members):
-                gain_K, sound = list_gains(prompt, _items(groups, row, member), lists)
-                gain_rows.append(gain_K)
-                prompt_N.append(first + row)
-                invalid += not sound
-    candidate_NC = padded_gains([np.asarray(prompt.gain_C, np.float64) for prompt in prompts])
-    values = list_metrics(padded_gains(gain_rows), candidate_NC[prompt_N], ks)
-    mean_N = {name: value.reshape(len(prompts), members).mean(1) for name, value in values.items()}
-    return mean_N, invalid / len(gain_rows)
-
-
-def order_metrics(
-    prompts: Sequence[Prompt], orders: Sequence[np.ndarray], lists: ListSettings, ks: Sequence[int]
-) -> dict[str, Floats]:
-    """Metrics of given orders of the candidates, cut to the length of the lists."""
-    gains = [np.asarray(prompt.gain_C, np.float64) for prompt in prompts]
-    listed = [gain_C[order[: lists.spec.width]] for gain_C, order in zip(gains, orders, strict=True)]
-    return list_metrics(padded_gains(listed), padded_gains(gains), ks)
-
-
-def list_gains(prompt: Prompt, item_K: IntArray, lists: ListSettings) -> tuple[Floats, bool]:
-    """Gains in list order, and whether the list is one: as many different candidates as were asked for.
-
-    What is no candidate, or is there again, keeps its place without a gain.
-    """
-    assert prompt.candidates is not None
-    assert prompt.gain_C is not None
-    gain_of = dict(zip(prompt.candidates.tolist(), prompt.gain_C.tolist(), strict=True))
-    gain_K = [gain_of.pop(item, None) for item in item_K.tolist()]
-    wanted = lists.length or len(prompt.candidates)
-    sound = len(gain_K) == wanted and None not in gain_K
-    return np.array([gain or 0.0 for gain in gain_K], np.float64), sound
-
-
 def rows_digest(card: PromptCard, dataset: Dataset) -> str:
     """Identifies what lists are measured on: evaluations may be compared where it is the same.
 
@@ -258,21 +210,3 @@ def rows_digest(card: PromptCard, dataset: Dataset) -> str:
     told = card.lists.model_dump(mode="json", include=kept) | {"history": card.history, "seen": card.exclude_seen}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return f"{dataset.fingerprint}+lists-{digest[:12]}"
-
-
-def _items(groups: Groups, row: int, member: int) -> IntArray:
-    assert groups.item_PGK is not None
-    if not groups.valid_PG[row, member]:
-        return np.zeros(0, np.int32)
-    item_K: IntArray = groups.item_PGK[row, member]
-    # Behind the end there is nothing; in between an absent item would be a fault, and stays.
-    last = np.flatnonzero(item_K != NO_ITEM)
-    return item_K[: int(last[-1]) + 1] if len(last) else item_K[:0]
-
-
-def padded_gains(rows: Sequence[Floats]) -> Floats:
-    """[N, K] of rows of different lengths, 0 behind their ends."""
-    wide: Floats = np.zeros((len(rows), max(1, *map(len, rows))))
-    for number, row in enumerate(rows):
-        wide[number, : len(row)] = row
-    return wide

@@ -3,7 +3,7 @@
 Every need is measured on the same seeded sample of a split. What selects a checkpoint is the mean over the needs that
 are trained; a need that is held out is only reported, at the end.
 
-Suffixes: `_N` prompt, `_K` place in the list, `_C` candidate.
+Suffix: `_N` prompt.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.records import NO_ITEM, Decode, DecodeSpec, Groups, IntArray, LongArray, Prompt
-from reward.list_metrics import Floats, list_metrics
+from data.records import Decode, DecodeSpec, IntArray, LongArray, Prompt
+from reward.list_metrics import Floats
 from reward.metrics import RankingReport
 from reward.names import RankingMetric, at
 from trainer.evaluation import Generator
 from trainer.list_data import ListData
+from trainer.list_measures import measure_lists
 from trainer.row_metrics import RowMetrics
 
 
@@ -97,19 +98,10 @@ class ListEvaluator:
 
     def run(self, generator: Generator) -> ListEvaluation:
         """Rank the candidates of every prompt and compare with their gains."""
-        gains: list[tuple[Floats, Floats]] = []
-        invalid = 0
-        for first in range(0, len(self._prompts), self._batch):
-            prompts = self._prompts[first : first + self._batch]
-            groups = generator.generate(prompts, self._spec())
-            for prompt, ranked_K in zip(prompts, _ranked(groups), strict=True):
-                gain_K, whole = self._gains(prompt, ranked_K)
-                invalid += not whole
-                gains.append((gain_K, np.asarray(prompt.gain_C, np.float64)))
-        rows = list_metrics(_padded([gain for gain, _ in gains]), _padded([gain for _, gain in gains]), self._ks)
+        rows, invalid = measure_lists(generator, self._prompts, self._spec(), batch=self._batch, ks=self._ks)
         need_N = np.array([prompt.need for prompt in self._prompts])
         return ListEvaluation(
-            items=RankingReport(values=self._values(rows, need_N, invalid / len(gains)), rows=rows, n=len(gains)),
+            items=RankingReport(values=self._values(rows, need_N, invalid), rows=rows, n=len(need_N)),
             sample_id_N=np.array([prompt.prompt_id for prompt in self._prompts], np.int64),
             user_id_N=np.array([prompt.user_id for prompt in self._prompts], np.int32),
             need_N=tuple(need_N.tolist()),
@@ -129,29 +121,3 @@ class ListEvaluator:
     def _spec(self) -> DecodeSpec:
         """A beam of one: at every place the most probable item."""
         return DecodeSpec(decode=Decode.BEAM, width=1, seed=self._seed, lists=self._data.settings.spec)
-
-    def _gains(self, prompt: Prompt, ranked_K: IntArray) -> tuple[Floats, bool]:
-        """Gains in list order, and whether the list is whole: as many different candidates as it should have."""
-        assert prompt.candidates is not None
-        assert prompt.gain_C is not None
-        gain_of = dict(zip(prompt.candidates.tolist(), prompt.gain_C.tolist(), strict=True))
-        items = ranked_K[ranked_K != NO_ITEM].tolist()
-        wanted = self._data.settings.length or len(prompt.candidates)
-        whole = len(items) == len(set(items)) == wanted and set(items) <= set(gain_of)
-        seen: dict[int, float] = {}
-        for item in items:
-            seen.setdefault(item, gain_of.get(item, 0.0))
-        return np.array(list(seen.values()), np.float64), whole
-
-
-def _ranked(groups: Groups) -> IntArray:
-    """The first list of each group."""
-    assert groups.item_PGK is not None
-    return np.where(groups.valid_PG[:, :1], groups.item_PGK[:, 0], NO_ITEM)
-
-
-def _padded(rows: Sequence[Floats]) -> Floats:
-    wide: Floats = np.zeros((len(rows), max(map(len, rows))))
-    for number, row in enumerate(rows):
-        wide[number, : len(row)] = row
-    return wide

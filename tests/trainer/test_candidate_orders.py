@@ -1,7 +1,7 @@
 """Contract of `trainer.candidate_orders`: the orders of candidates that no policy made, need by need for a critic.
 
 Checked: against hand-sorted candidates, ties, one random order per prompt by its seed, a need that a critic does not
-know, a ranker that fails. Not checked: metrics of the orders (test_list_checkpoint.py).
+know, a ranker that fails. Not checked: metrics of the orders (test_list_measures.py).
 """
 
 from __future__ import annotations
