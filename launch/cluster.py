@@ -36,6 +36,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a submitted job: the job's runtime environment."""
 CONNECT_S = 10.0
 """Seconds within which a cluster's address must take a connection."""
+LOCAL = "local"
+"""Ray's name for a cluster of one's own, as an address."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
 _HELD: list[bool] = []
@@ -95,9 +97,10 @@ def cluster(
     Within another call of it, this one takes part in that one's cluster: sessions that follow each other (a replay)
     start Ray once.
 
-    A cluster is joined where `cluster.address` or RAY_ADDRESS (which submitted jobs have) names one; then every node is
-    checked before anything is started. `environment` is added to every worker's. A cluster started here keeps Ray's
-    default for token authentication (RAY_AUTH_MODE); the token is made on the way, the user need not do anything.
+    A cluster is joined where `cluster.address` or RAY_ADDRESS (which submitted jobs have) names one, and not `local`;
+    then every node is checked before anything is started. `environment` is added to every worker's. A cluster started
+    here keeps Ray's default for token authentication (RAY_AUTH_MODE); the token is made on the way, the user need not
+    do anything.
 
     Args:
         settings: the section `cluster`.
@@ -126,10 +129,10 @@ def cluster(
         "log_to_driver": not quiet,
         "logging_level": logging.ERROR if quiet else logging.INFO,
     }
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if not address:
+    address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == LOCAL:
         arguments |= {
-            "address": "local",
+            "address": LOCAL,
             "num_cpus": settings.num_cpus or max(FEWEST_LOGICAL_CPUS, os.cpu_count() or 1),
             "object_store_memory": settings.object_store_mib * 2**20,
             "include_dashboard": False,
@@ -149,7 +152,7 @@ def cluster(
         signal.signal(signal.SIGTERM, handler)
     try:
         _try_a_worker()
-        if address:
+        if address != LOCAL:
             check_nodes(folders)
         _HELD.append(True)
         yield
@@ -164,7 +167,7 @@ def check_address(address: str) -> None:
     Raises:
         RequestError: neither `auto` nor HOST:PORT, or no connection within seconds.
     """
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     legal = "`auto`, or HOST:PORT (or ray://HOST:PORT) of a running Ray cluster"
     host, _, port = address.removeprefix("ray://").rpartition(":")
