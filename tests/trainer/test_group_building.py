@@ -141,10 +141,11 @@ def test_a_step_never_has_a_prompt_twice(world: World) -> None:
     # Two batches an epoch, and nobody to hit: all sixteen prompts come, and come again.
     few = dataclasses.replace(loop.feed.samples.take(np.arange(16)), target_N=np.full(16, NO_ITEM, np.int32))
     loop.feed = Feed(few, world.data.builder, 8, world.job.seed, fingerprint="few")
-    prompts, scored, _, metrics, _ = loop.collect(1)
-    ids = [prompt.prompt_id for prompt in prompts]
+    batch = loop.collect(1)
+    metrics = batch.metrics
+    ids = [prompt.prompt_id for prompt in batch.prompts]
     assert len(set(ids)) == len(ids) == 8
-    assert scored.groups.prompt_id_P.tolist() == ids
+    assert batch.scored.groups.prompt_id_P.tolist() == ids
     assert metrics["refill/extra_prompts"] == 8
     assert metrics["refill/missing_groups"] == metrics["refill/dropped_groups"] == 8
     assert metrics["prompts/repeated"] == 6 * 8 - 8
