@@ -193,6 +193,8 @@ def test_headers_say_what_to_run_before() -> None:
         header = recipe_header(recipe_path(name))
         if isinstance(job, RlJob) and job.init.endswith("runs/demo/sft") and name != "demo-rl":
             assert "`windlass demo`" in header
-        assert ("`windlass data simulate" in header) == (
-            isinstance(job, PolicyJobSettings) and job.feedback is not None
-        )
+        simulated = "`windlass data simulate" in header
+        if isinstance(job, PolicyJobSettings) and job.feedback is not None:
+            assert simulated or f"`windlass replay {name}`" in header
+        else:
+            assert not simulated
