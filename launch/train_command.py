@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,11 @@ from data.dataset import Dataset
 from launch.cluster import cluster
 from launch.memory import MemorySampler
 from launch.run_directory import RunDirectory
+from trainer.checkpoints import CheckpointStore
+from trainer.failure_policy import Action, Failure, Part, Situation, decide
 from trainer.interruption import Interruption
 from trainer.jobs import CriticJob, Job, PolicyJobSettings, RankerJob, RlJob, SftJob
+from trainer.learner_group import LearnerLost
 from trainer.run_log import RunLog
 
 
@@ -36,7 +40,26 @@ def train(job: Job, run: RunDirectory) -> dict[str, Any]:
 
 
 def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
-    """Run an `sft` or `rl` job in the connected cluster; returns the summary without writing it."""
+    """Run an `sft` or `rl` job in the connected cluster; returns the summary without writing it.
+
+    When learners die, all parts begin again from the newest checkpoint, as often as the failure policy allows.
+    """
+    failures: list[Failure] = []
+    while True:
+        try:
+            return _run_parts(job, run, interruption)
+        except LearnerLost as error:
+            failure = Failure(part=Part.LEARNER, at=time.monotonic(), told=str(error))
+            manifest = CheckpointStore(run.path / "checkpoints", job.checkpoints).latest() is not None
+            situation = Situation(healthy_engines=0, has_manifest=manifest)
+            decision = decide(failure, failures, situation, job.cluster)
+            if decision.action is not Action.RESTART_LEARNERS:
+                raise
+            failures.append(failure)
+            print(f"windlass: {error}: {decision.action.value} ({decision.reason})", file=sys.stderr)
+
+
+def _run_parts(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
     from trainer.policy_jobs import run_rl, run_sft
 
     if isinstance(job, SftJob):

@@ -190,6 +190,11 @@ class WeightChannel:
         self._generation[name] = self._generation.get(name, 0) + 1
         self.failed.pop(name, None)
 
+    def leave(self, name: str) -> None:
+        """Send nothing more to an engine."""
+        self.engines.pop(name, None)
+        self.failed.pop(name, None)
+
     def _push_once(self, version: int, replaced: tuple[str, ...]) -> PushReport:
         begun = time.monotonic()
         deadline = Deadline(self.settings.deadline_s)

@@ -1,15 +1,21 @@
 """The fleet: engines as Ray actors, requests cut into shards, and one answer in the order of the request.
 
 A shard is a fixed run of `shard_size` prompts, handed to whichever engine is free. What comes back does not depend on
-the engine (see `rollout.decoding`), so neither does the answer. An engine that dies, raises or falls silent ends the
-request with `EngineFailure`; nothing waits for ever.
+the engine (see `rollout.decoding`), so neither does the answer: the shard of an engine that dies, raises or falls
+silent goes to another one. Who may be asked is decided by `rollout.fleet_health`. Nothing waits for ever.
+
+| waits                           | for                            | unblocked by                                    |
+|---------------------------------|--------------------------------|-------------------------------------------------|
+| `_dispatch`, engines at work    | the first answer               | an engine, its death, or `rollout.deadline_s`   |
+| `_dispatch`, nobody left to ask | `rejoin`                       | its own deadlines; without one, `EngineFailure` |
+| `recover`, before a push        | who is starting, or suspect    | an answer, or `rollout.start_deadline_s`        |
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ from data.errors import RequestError, RunError, WindlassError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
 from rollout.engine import engine_class, longest_sequence
+from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from rollout.group_decoder import has_exclusions
 from rollout.list_violations import ListViolation
 from rollout.settings import EngineKind, RolloutSettings
@@ -28,13 +35,20 @@ from rollout.violations import Violation, ViolationCounter
 class EngineFailure(RunError):
     """An engine died, raised an error, or did not answer in time; the message names it and repeats its error."""
 
-    def __init__(self, engine_id: str, what: str) -> None:
-        super().__init__(engine_id, what)
+    def __init__(self, engine_id: str, what: str, reason: LossReason) -> None:
+        super().__init__(engine_id, what, reason)
         self.engine_id = engine_id
         self.what = what
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"{self.engine_id}: {self.what}"
+
+
+PING_S = 30.0
+"""Seconds a suspect engine gets to answer before it counts as dead."""
+MOST_TRIES = 3
+"""Engines a shard may take down before it is the shard that is at fault."""
 
 
 @dataclass
@@ -51,6 +65,19 @@ class RolloutFleet:
     """`constraint.violations`: over all requests so far, by reason; must stay 0."""
     shards: Counter[str] = field(default_factory=Counter)
     """Shards answered, by engine."""
+    losses: Counter[LossReason] = field(default_factory=Counter)
+    """Engines lost so far, by reason."""
+    health: FleetHealth = field(init=False)
+    on_loss: Callable[[EngineFailure], None] | None = None
+    """Told of every lost engine while others carry on; may `relaunch` it."""
+    rejoin: Callable[[EngineFailure], None] | None = None
+    """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
+    _pushed: bool = False
+    """Whether a push has taken the place of the weights of `hf_dir`."""
+
+    def __post_init__(self) -> None:
+        """Nobody is known yet."""
+        self.health = FleetHealth(start_deadline_s=self.settings.start_deadline_s, suspect_s=PING_S)
 
     @staticmethod
     def start(
@@ -103,6 +130,7 @@ class RolloutFleet:
             **self._actor_options,
             "runtime_env": runtime_env,
         }
+        self.health.launched(engine_id, time.monotonic())
         actor = ray.remote(engine_class(settings)).options(**options)
         return actor.remote(settings, self.hf_dir.absolute(), engine_id=engine_id)
 
@@ -111,6 +139,20 @@ class RolloutFleet:
         for engine_id in engine_ids:
             ready = self.engines[engine_id].describe.remote()
             self._result(engine_id, ready, max(0.0, deadline - time.monotonic()), "coming up")
+            self.health.answered(engine_id, self.incarnations()[engine_id], time.monotonic())
+        if not self._pushed:
+            # Until the first push the folder's weights are the fleet's version, and who has loaded them holds it.
+            holders = self.health.named(EngineState.HEALTHY, EngineState.STALE)
+            self.health.pushed({name: self.incarnations()[name] for name in holders}, 0, time.monotonic())
+
+    def incarnations(self) -> dict[str, int]:
+        """How often each engine was launched before; together with the name it tells a process."""
+        return {name: engine.incarnation for name, engine in self.health.engines.items()}
+
+    def verified(self, incarnations: dict[str, int], version: int) -> None:
+        """A push to these processes became visible after its checks: they may be asked, all others may not."""
+        self._pushed = True
+        self.health.pushed(incarnations, version, time.monotonic())
 
     def _result(self, engine_id: str, reference: Any, timeout_s: float, doing: str) -> Any:
         """The value of a call; the engine's own error, or EngineFailure when it died or the time is over."""
@@ -120,14 +162,16 @@ class RolloutFleet:
         try:
             return ray.get(reference, timeout=timeout_s)
         except GetTimeoutError as error:
-            raise EngineFailure(engine_id, f"no answer within {timeout_s:.0f} s, {doing}") from error
+            what = f"no answer within {timeout_s:.0f} s, {doing}"
+            raise EngineFailure(engine_id, what, LossReason.SILENT) from error
         except RayTaskError as error:
             # A wrong request is the caller's to mend; anything else is the engine's failure, in its own words.
             if isinstance(error.cause, WindlassError):
                 raise error.cause from error
-            raise EngineFailure(engine_id, f"{doing}: {type(error.cause).__name__}: {error.cause}") from error
+            what = f"{doing}: {type(error.cause).__name__}: {error.cause}"
+            raise EngineFailure(engine_id, what, LossReason.RAISED) from error
         except RayActorError as error:
-            raise EngineFailure(engine_id, f"died, {doing}: {_cause_of_death(error)}") from error
+            raise EngineFailure(engine_id, f"died, {doing}: {_cause_of_death(error)}", LossReason.DIED) from error
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
         """Complete every prompt; see `rollout.engine.Engine.generate`.
@@ -162,44 +206,125 @@ class RolloutFleet:
         return [logp for part in self._dispatch(calls) for logp in part]
 
     def _dispatch(self, calls: Sequence[_Call]) -> list[Any]:
-        """Results of the calls, in their order; each goes to the engine that is free first."""
+        """Results of the calls, in their order; each goes to the engine that is free first.
+
+        Raises:
+            EngineFailure: a call failed on several engines, or nobody is left and `rejoin` brings nobody back.
+        """
         import ray
 
-        waiting = deque(range(len(calls)))
-        idle = deque(self.engines)
-        running: dict[Any, tuple[int, str, float]] = {}
-        results: list[Any] = [None] * len(calls)
+        work = _Work(waiting=deque(range(len(calls))), results=[None] * len(calls))
         # After a failure the calls still under way run out by themselves: a cancelled one leaves a gap in the actor's
         # sequence of calls, for which Ray then waits 30 s.
-        while waiting or running:
-            while waiting and idle:
-                index, engine_id = waiting.popleft(), idle.popleft()
-                method, arguments, named = calls[index]
-                reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
-                running[reference] = index, engine_id, time.monotonic() + self.settings.deadline_s
-            soonest = min(deadline for _, _, deadline in running.values())
-            ready, _ = ray.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
-            if not ready:
-                _, engine_id, _ = min(running.values(), key=lambda entry: entry[2])
-                raise EngineFailure(engine_id, f"no answer within rollout.deadline_s, {self.settings.deadline_s} s")
-            index, engine_id, _ = running.pop(ready[0])
-            results[index] = self._result(engine_id, ready[0], self.settings.deadline_s, f"shard {index}")
+        while work.waiting or work.running:
+            busy = {engine_id for _, engine_id, _ in work.running.values()}
+            for engine_id in self.health.named(EngineState.HEALTHY):
+                if work.waiting and engine_id not in busy and engine_id not in work.failed:
+                    index = work.waiting.popleft()
+                    method, arguments, named = calls[index]
+                    reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
+                    work.running[reference] = index, engine_id, time.monotonic() + self.settings.deadline_s
+            if not work.running:
+                self._bring_back(work)
+                continue
+            soonest = min(deadline for _, _, deadline in work.running.values())
+            ready, _ = ray.wait(list(work.running), timeout=max(0.0, soonest - time.monotonic()))
+            reference = ready[0] if ready else min(work.running, key=lambda one: work.running[one][2])
+            index, engine_id, _ = work.running.pop(reference)
+            try:
+                if not ready:
+                    what = f"no answer within rollout.deadline_s, {self.settings.deadline_s} s"
+                    raise EngineFailure(engine_id, what, LossReason.SILENT)
+                work.results[index] = self._result(engine_id, reference, self.settings.deadline_s, f"shard {index}")
+            except EngineFailure as failure:
+                self._lost(failure, index, work)
+                continue
             self.shards[engine_id] += 1
-            idle.append(engine_id)
-        return results
+            if index in work.accused:
+                self._blame(work.accused.pop(index))
+        return work.results
 
-    def restart(self, engine_id: str) -> Any:
-        """Kill an engine and start a fresh one in its place, with the weights of `hf_dir`; returns its handle."""
+    def _lost(self, failure: EngineFailure, index: int, work: _Work) -> None:
+        """Put the shard back in front and see who is to blame: the engine, or the shard itself.
+
+        An engine that raised is to blame once another one answers the same shard.
+        """
+        work.waiting.appendleft(index)
+        work.failed[failure.engine_id] = failure
+        work.tries[index] += 1
+        others = [name for name in self.health.named(EngineState.HEALTHY) if name not in work.failed]
+        raised = failure.reason is LossReason.RAISED
+        # What raises on two engines, or on the only one, would raise on every one; what kills several is no accident.
+        if (raised and (work.tries[index] > 1 or not others)) or work.tries[index] >= MOST_TRIES:
+            raise failure
+        if raised:
+            work.accused[index] = failure
+        else:
+            self._blame(failure)
+
+    def _blame(self, failure: EngineFailure) -> None:
+        """The engine is lost: it gets no work before a verified push."""
+        name, incarnation = failure.engine_id, self.incarnations()[failure.engine_id]
+        event = self.health.died if failure.reason is LossReason.DIED else self.health.suspected
+        event(name, incarnation, failure.reason, time.monotonic())
+        self.losses[failure.reason] += 1
+        if self.on_loss is not None:
+            self.on_loss(failure)
+
+    def _bring_back(self, work: _Work) -> None:
+        """Nobody is left to ask: have the lost engines brought back, or raise what took the last one.
+
+        Raises:
+            EngineFailure: there is no `rejoin`, or nobody came back.
+        """
+        if not work.failed:
+            states = {name: engine.state.value for name, engine in self.health.engines.items()}
+            raise RunError(f"no engine holds verified weights: {states}")
+        last = list(work.failed.values())[-1]
+        if self.rejoin is None:
+            raise last
+        self.rejoin(last)
+        work.failed.clear()
+        if not self.health.named(EngineState.HEALTHY):
+            raise last
+
+    def relaunch(self, engine_id: str) -> None:
+        """Start a fresh process in the place of an engine that is not to be asked; does not wait for it."""
         import ray
 
         ray.kill(self.engines[engine_id])
+        now, incarnation = time.monotonic(), self.incarnations()[engine_id]
+        self.health.died(engine_id, incarnation, LossReason.DIED, now)
         self.engines[engine_id] = self._launch(engine_id)
+
+    def recover(self) -> list[str]:
+        """Before a push: wait for who is starting, ask who is under suspicion; returns who is dead for good.
+
+        The others are STALE or HEALTHY and take part in the push.
+        """
+        for engine_id in self.health.named(EngineState.STARTING, EngineState.SUSPECT):
+            incarnation = self.incarnations()[engine_id]
+            starting = self.health.engines[engine_id].state is EngineState.STARTING
+            patience = self.settings.start_deadline_s if starting else PING_S
+            try:
+                self._result(engine_id, self.engines[engine_id].describe.remote(), patience, "coming back")
+            except EngineFailure as failure:
+                self.health.died(engine_id, incarnation, failure.reason, time.monotonic())
+                self.losses[failure.reason] += 1
+            else:
+                self.health.answered(engine_id, incarnation, time.monotonic())
+        return self.health.named(EngineState.DEAD)
+
+    def restart(self, engine_id: str) -> Any:
+        """Kill an engine and start a fresh one in its place, with the weights of `hf_dir`; returns its handle."""
+        self.relaunch(engine_id)
         self._await_start([engine_id])
         return self.engines[engine_id]
 
     def describe(self) -> dict[str, str | int]:
         """Name, version and number of the engines."""
-        engine_id, engine = next(iter(self.engines.items()))
+        engine_id = next(iter(self.health.named(EngineState.HEALTHY, EngineState.STALE)), next(iter(self.engines)))
+        engine = self.engines[engine_id]
         told = self._result(engine_id, engine.describe.remote(), self.settings.deadline_s, "describing itself")
         return {**told, "count": len(self.engines)}
 
@@ -210,6 +335,23 @@ class RolloutFleet:
         for engine in self.engines.values():
             ray.kill(engine)
         self.engines.clear()
+
+
+@dataclass
+class _Work:
+    """The calls of one request."""
+
+    waiting: deque[int]
+    """Indices of calls that nobody works on."""
+    results: list[Any]
+    running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
+    """Call under way → its index, its engine, when it is overdue."""
+    failed: dict[str, EngineFailure] = field(default_factory=dict)
+    """Engines that are asked no more in this request."""
+    accused: dict[int, EngineFailure] = field(default_factory=dict)
+    """Call → the engine that raised on it, while no other engine has answered it."""
+    tries: Counter[int] = field(default_factory=Counter)
+    """Failures by call."""
 
 
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]

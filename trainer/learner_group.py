@@ -30,7 +30,11 @@ from trainer.ranks import RankPlace
 from trainer.settings import Device, LearnerSettings
 from trainer.trees import Completions
 
-__all__ = ["LearnerGroup", "ScoreOutputs"]
+__all__ = ["LearnerGroup", "LearnerLost", "ScoreOutputs"]
+
+
+class LearnerLost(RunError):
+    """A rank died or fell silent; the group cannot go on, but may begin again from a checkpoint."""
 
 
 class HasTrie(Protocol):
@@ -187,14 +191,14 @@ class LearnerGroup:
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=self.settings.timeout_s)
             if not ready:
-                raise RunError(f"{len(waiting)} learner ranks gave no answer within {self.settings.timeout_s:g} s")
+                raise LearnerLost(f"{len(waiting)} learner ranks gave no answer within {self.settings.timeout_s:g} s")
             try:
                 ray.get(ready)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, Exception) else error) from error
             except RayActorError as error:
                 rank = calls.index(ready[0])
-                raise RunError(f"learner rank {rank} died: {str(error).splitlines()[0]}") from error
+                raise LearnerLost(f"learner rank {rank} died: {str(error).splitlines()[0]}") from error
         return list(ray.get(calls))
 
     def score(self, completions: Completions, temperature: float) -> ScoreOutputs:

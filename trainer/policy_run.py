@@ -19,16 +19,17 @@ import torch
 
 from data.errors import RequestError
 from reward.names import RankingMetric, at
-from rollout.channel import PushReport, WeightChannel
+from rollout.channel import PushError, PushFailure, PushReport, WeightChannel
 from rollout.fleet import RolloutFleet
 from rollout.peers import RayPeer
 from rollout.probe import item_probe
 from trainer.checkpoints import CheckpointStore, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
+from trainer.healing import Healing
 from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
-from trainer.learner_group import LearnerGroup
+from trainer.learner_group import LearnerGroup, LearnerLost
 from trainer.list_evaluation import ListEvaluation, ListEvaluator
 from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
@@ -56,7 +57,7 @@ class PolicyRun:
     store: CheckpointStore
     learners: LearnerGroup
     fleet: RolloutFleet | None
-    channel: WeightChannel | None
+    healing: Healing | None
     evaluator: Evaluator | ListEvaluator
     run_log: RunLog
     interruption: Interruption
@@ -81,9 +82,15 @@ class PolicyRun:
 
     def push(self, version: int) -> Metrics:
         """See `trainer.training_loop.Host`; nothing to do without a fleet."""
-        if self.channel is None:
+        if self.healing is None:
             return {}
-        report = self.channel.push(version)
+        try:
+            report = self.healing.push(version)
+        except PushError as error:
+            blame = error.blames.get(self.learners.source.name)
+            if blame is not None and blame.reason in (PushFailure.DIED, PushFailure.TIMEOUT):
+                raise LearnerLost(str(error)) from error
+            raise
         self.versions.append(version)
         return push_metrics(report)
 
@@ -117,6 +124,8 @@ class PolicyRun:
         if self.fleet is not None:
             violations = {f"constraint/{reason}": float(n) for reason, n in self.fleet.violations.items()}
             metrics = metrics | violations | {"constraint.violations": float(sum(violations.values()))}
+        if self.healing is not None:
+            metrics |= self.healing.metrics()
         self.run_log.write(step, metrics)
 
     def interrupted(self) -> bool:
@@ -215,6 +224,10 @@ def policy_run(
         )
         if newest is not None:
             run_log.say(f"continuing from {newest}")
+        healing = None
+        if fleet is not None and channel is not None:
+            rest = not isinstance(job, RlJob) or not job.max_staleness
+            healing = Healing(job.cluster, fleet, channel, learners_rest=rest, say=run_log.say)
         yield PolicyRun(
             job=job,
             data=data,
@@ -222,7 +235,7 @@ def policy_run(
             store=store,
             learners=learners,
             fleet=fleet,
-            channel=channel,
+            healing=healing,
             evaluator=data.evaluator(job),
             run_log=run_log,
             interruption=interruption,

@@ -141,6 +141,12 @@ class ClusterSettings(Settings):
     """Logical CPUs of a cluster started here; none takes the larger of 8 and the cores, so that small actors fit."""
     object_store_mib: int = Field(512, ge=80)
     """Shared memory of a cluster started here, in MiB."""
+    engine_restarts: int = Field(8, ge=0)
+    """Engines that are started again within restart_window_s; above that the others carry on."""
+    learner_restarts: int = Field(2, ge=0)
+    """How often within restart_window_s a dead learner group begins again from the last checkpoint."""
+    restart_window_s: float = Field(3600.0, gt=0)
+    """Seconds within which restarts are counted."""
 
 
 class GapAction(StrEnum):

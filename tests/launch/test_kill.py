@@ -2,7 +2,8 @@
 
 Compares final weights bit for bit and metrics.jsonl outside `time/`, `perf/` and `system/` with an undisturbed run of
 the same configuration. One seeded point runs in `make test`, all of them and three random kills in `make test-long`.
-Does not check kills of several processes at once, nor other machines.
+With restarts allowed, a run that loses engines or learners goes on by itself, to the same bits. Does not check kills of
+several processes at once, nor other machines.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         require(part)
     folder = tmp_path_factory.mktemp("kill")
     dataset = write_dataset(folder / "source")
-    write_recipe(folder / "job.yaml", recipe(dataset.path, "rl", limits={"max_steps": STEPS}))
+    # Restarts are switched off but where a test switches them on: a fault is to end the run.
+    restarts = {"engine_restarts": 0, "learner_restarts": 0}
+    write_recipe(folder / "job.yaml", recipe(dataset.path, "rl", limits={"max_steps": STEPS}, cluster=restarts))
     done = windlass("train", "job.yaml", "--run-dir", "runs/whole", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -81,6 +84,29 @@ def test_a_kill_before_the_optimiser_step(world: Path) -> None:
 @pytest.mark.parametrize("point", [point for point in FaultPoint if point is not FaultPoint.OPTIMISER_STEP])
 def test_a_kill_at_every_other_point(world: Path, point: FaultPoint) -> None:
     kill_and_continue(world, point)
+
+
+@pytest.mark.long
+def test_a_run_that_keeps_losing_its_engine_goes_on(world: Path) -> None:
+    run = world / "runs" / "engines"
+    # Every engine dies at its seventh shard, and so do those that take its place.
+    fault = {"WINDLASS_FAULT": f"rollout:{PASSINGS[FaultPoint.ROLLOUT]}"}
+    words = ["train", "job.yaml", "--run-dir", str(run), "--cluster.engine_restarts", "9"]
+    done = windlass(*words, cwd=world, **fault)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, world / "runs" / "whole")
+    assert read_steps(run)[-1]["system/engine_restarts"] >= 2
+
+
+@pytest.mark.long
+def test_a_run_that_loses_its_learners_begins_again_from_the_manifest(world: Path) -> None:
+    run = world / "runs" / "learners"
+    fault = {"WINDLASS_FAULT": "optimiser_step:3"}
+    words = ["train", "job.yaml", "--run-dir", str(run), "--cluster.learner_restarts", "1"]
+    done = windlass(*words, cwd=world, **fault)
+    assert done.returncode == 0, done.stderr
+    assert "restart_learners" in done.stderr
+    assert_same_run(run, world / "runs" / "whole")
 
 
 @pytest.mark.long

@@ -1,8 +1,9 @@
 """The fleet answers as one engine would, whatever shard went where, and no failure leaves it waiting.
 
 Two real vLLM engines and two reference engines in Ray actors. Checked: equal bits with an engine of this process, order
-of the answer, samples across engines, violations counted, the engine's own error, a dead engine, a silent engine,
-restart, refused settings. Not here: pushes to the fleet (test_channel.py).
+of the answer, samples across engines, violations counted, the engine's own error, a dead and a silent engine whose
+shards go to another one with the same bits, engines brought back, refused settings. Not here: pushes to the fleet
+(test_channel.py), the states of an engine (test_fleet_health.py), a run that loses engines (launch/test_kill.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import pytest
 from scipy import stats
 
 from data.catalogue import Catalogue
-from data.errors import RequestError
+from data.errors import RequestError, RunError
 from data.records import Decode, DecodeSpec, Groups
 from rollout.engine import Engine
 from rollout.fleet import EngineFailure, RolloutFleet
+from rollout.fleet_health import EngineState, LossReason
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation
 from tests.requirements import require
@@ -118,32 +120,87 @@ def test_failures_come_up_as_themselves(small_fleet: RolloutFleet, catalogue: Ca
     with pytest.raises(RequestError, match="prompts: none"):
         small_fleet.generate([], BEAM)
 
-    # An engine that was killed; then a fresh one in its place.
-    ray_here.kill(small_fleet.engines["reference-1"])
-    with pytest.raises(EngineFailure, match="reference-1: died"):
-        small_fleet.generate(prompts, BEAM)
-    small_fleet.restart("reference-1")
-    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
-
     # An error that is nobody's request, in the engine's words.
     unreadable = dataclasses.replace(prompts[0], token_ids="no tokens")  # type: ignore[arg-type]
     with pytest.raises(EngineFailure, match=r"reference-\d: shard 0: \w+Error: .+"):
         small_fleet.generate([unreadable], BEAM)
+    # Two engines raised it, so it was the shard: both are asked again.
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    assert small_fleet.health.counts()[EngineState.HEALTHY] == 2
 
 
-def test_a_silent_engine_ends_the_request(small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any) -> None:
+def test_the_shards_of_a_dead_engine_go_to_another(
+    small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any
+) -> None:
+    prompts = random_prompts(catalogue, [10] * 8)
+    whole = small_fleet.generate(prompts, BEAM)
+    told: list[str] = []
+    small_fleet.on_loss = lambda failure: told.append(str(failure))
+    small_fleet.losses.clear()
+    ray_here.kill(small_fleet.engines["reference-1"])
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0"}
+    assert small_fleet.losses == {LossReason.DIED: 1}
+    assert len(told) == 1
+    assert told[0].startswith("reference-1: died")
+    small_fleet.on_loss = None
+
+    # The other one as well: nobody is left, unless somebody brings them back.
+    ray_here.kill(small_fleet.engines["reference-0"])
+    with pytest.raises(EngineFailure, match="reference-0: died"):
+        small_fleet.generate(prompts, BEAM)
+    with pytest.raises(RunError, match="no engine holds verified weights"):
+        small_fleet.generate(prompts, BEAM)
+    for engine_id in ("reference-0", "reference-1"):
+        small_fleet.restart(engine_id)
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+
+
+def test_engines_are_brought_back_within_a_request(
+    small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any
+) -> None:
+    prompts = random_prompts(catalogue, [10] * 8)
+    whole = small_fleet.generate(prompts, BEAM)
+
+    def rejoin(failure: EngineFailure) -> None:
+        for engine_id in small_fleet.health.named(EngineState.DEAD):
+            small_fleet.relaunch(engine_id)
+        assert small_fleet.recover() == []
+        small_fleet.verified(small_fleet.incarnations(), 0)
+
+    small_fleet.rejoin = rejoin
+    for engine_id in ("reference-0", "reference-1"):
+        ray_here.kill(small_fleet.engines[engine_id])
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+
+    # Once there are pushes, a process that has only just come up is not asked.
+    small_fleet.restart("reference-1")
+    assert small_fleet.health.named(EngineState.STALE) == ["reference-1"]
+    assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0"}
+    small_fleet.verified(small_fleet.incarnations(), 0)
+    small_fleet.rejoin = None
+
+
+def test_the_shards_of_a_silent_engine_go_to_another(
+    small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any
+) -> None:
     prompts = random_prompts(catalogue, [10] * 4)
+    whole = small_fleet.generate(prompts, BEAM)
     patience = small_fleet.settings
     pid = ray_here.get(small_fleet.engines["reference-0"].__ray_call__.remote(lambda engine: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
     try:
-        small_fleet.settings = patience.model_copy(update={"deadline_s": 1.0})
-        with pytest.raises(EngineFailure, match=r"no answer within rollout\.deadline_s, 1\.0 s"):
-            small_fleet.generate(prompts, BEAM)
+        small_fleet.settings = patience.model_copy(update={"deadline_s": 4.0})
+        assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+        assert small_fleet.health.named(EngineState.SUSPECT) == ["reference-0"]
     finally:
         os.kill(pid, signal.SIGCONT)
         small_fleet.settings = patience
-    assert small_fleet.generate(prompts, BEAM).valid_PG.all()
+    assert small_fleet.recover() == []
+    assert small_fleet.health.named(EngineState.STALE) == ["reference-0"]
+    small_fleet.verified(small_fleet.incarnations(), 0)
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0", "reference-1"}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from launch.serving.served import ServedVersion
 from launch.serving.settings import ServeSettings
 from rollout.engine import Engine, build_engine
 from rollout.fleet import EngineFailure
+from rollout.fleet_health import LossReason
 from rollout.settings import EngineKind, RolloutSettings
 from tests.launch.serving.world import ITEMS, make_registry
 from tests.requirements import require
@@ -352,9 +353,12 @@ def test_a_failed_engine_is_asked_again_once(start: Callable[..., Service]) -> N
 
     async def conversation(client: httpx.AsyncClient) -> None:
         ask = {"user": 1, "history": [1]}
-        fleet(service).failures = [EngineFailure("engine-0", "died")]
+        fleet(service).failures = [EngineFailure("engine-0", "died", LossReason.DIED)]
         assert (await client.post("/recommend", json=ask)).status_code == 200
-        fleet(service).failures = [EngineFailure("engine-0", "died"), EngineFailure("engine-0", "died")]
+        fleet(service).failures = [
+            EngineFailure("engine-0", "died", LossReason.DIED),
+            EngineFailure("engine-0", "died", LossReason.DIED),
+        ]
         refused = await client.post("/recommend", json=ask)
         assert (refused.status_code, refused.json()["error"]["reason"]) == (503, "engine")
         fleet(service).failures = [RunError("the weights are broken")]
