@@ -40,6 +40,8 @@ def small_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_ranker.py").write_text("NAME = 1\n")
     monkeypatch.setenv("WINDLASS_REWARD_TOKEN", SECRET)
     monkeypatch.setenv("COLOUR", "blue")
+    # DeepSpeed leaves it behind in a process that has used it, and a job is given what it finds.
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
 
 def plan(capsys: pytest.CaptureFixture[str], target: str, *options: str, words: list[str] = TRAIN) -> dict[str, Any]:
