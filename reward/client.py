@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,40 @@ class Attempt(Protocol):
         ...
 
 
+class Reply(Protocol):
+    """What an attempt brings back, whatever was asked."""
+
+    @property
+    def failure_N(self) -> npt.NDArray[np.str_]: ...
+
+
+R = TypeVar("R", bound=Reply)
+
+
+class Retries:
+    """Repeats a call whole while any sample failed for a reason that may pass, at most `retries` times.
+
+    The last attempt counts: a sample's result never depends on which attempt answered its neighbours.
+    """
+
+    def __init__(self, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.settings = settings
+        self.requests = 0
+        """Attempts made since the start."""
+        self._sleep = sleep
+
+    def run(self, attempt: Callable[[float], R]) -> R:
+        """The reply of the last attempt; each is given its deadline in seconds."""
+        for number in range(self.settings.retries + 1):
+            if number:
+                self._sleep(self.settings.backoff_s * 2 ** (number - 1))
+            self.requests += 1
+            reply = attempt(self.settings.deadline_s)
+            if not np.isin(reply.failure_N, list(TRANSIENT)).any():
+                break
+        return reply
+
+
 class RewardClient:
     """Scores batches through a transport, with retries."""
 
@@ -37,28 +71,20 @@ class RewardClient:
         self, attempt: Attempt, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.settings = settings
-        self.requests = 0
-        """Attempts made since the start."""
         self._attempt = attempt
-        self._sleep = sleep
+        self._retries = Retries(settings, sleep=sleep)
+
+    @property
+    def requests(self) -> int:
+        """Attempts made since the start."""
+        return self._retries.requests
 
     def score(
         self, histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str] | None = None
     ) -> BatchScores:
-        """Scores of `candidates[i]` after `histories[i]` for `needs[i]`; the whole batch is one call.
-
-        The call is repeated whole while any sample failed for a reason that may pass, at most `retries` times, and the
-        last attempt counts: a sample's result never depends on which attempt scored its neighbours.
-        """
+        """Scores of `candidates[i]` after `histories[i]` for `needs[i]`; the whole batch is one call (`Retries`)."""
         call = ScoreCall.pack(histories, candidates, needs)
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                self._sleep(self.settings.backoff_s * 2 ** (attempt - 1))
-            self.requests += 1
-            result = self._attempt(call, self.settings.deadline_s)
-            if not np.isin(result.failure_N, list(TRANSIENT)).any():
-                break
-        return result
+        return self._retries.run(lambda deadline_s: self._attempt(call, deadline_s))
 
 
 def checked(reply: BatchScores, call: ScoreCall) -> BatchScores:
@@ -98,24 +124,57 @@ class HandleAttempt:
 
     def __call__(self, call: ScoreCall, deadline_s: float) -> BatchScores:
         """See `Attempt`."""
-        from ray.exceptions import RayActorError, RayError
-        from ray.serve.exceptions import RayServeException
-
-        response = self._handle.score_call.remote(call)
-        try:
-            reply: ScoreReply = response.result(timeout_s=deadline_s)
-        except TimeoutError:
-            response.cancel()
-            return BatchScores.failed(len(call), RewardFailure.TIMEOUT)
-        except (RayActorError, RayServeException):
-            return BatchScores.failed(len(call), RewardFailure.UNAVAILABLE)
-        except RayError:
-            return BatchScores.failed(len(call), RewardFailure.ERROR)
+        reply: ScoreReply | RewardFailure = call_handle(self._handle.score_call, call, deadline_s)
+        if isinstance(reply, RewardFailure):
+            return BatchScores.failed(len(call), reply)
         return checked(reply.unpack(), call)
+
+
+def call_handle(method: Any, call: Any, deadline_s: float) -> Any:
+    """The reply of a method of a Ray Serve handle, or the `RewardFailure` of the whole call."""
+    from ray.exceptions import RayActorError, RayError
+    from ray.serve.exceptions import RayServeException
+
+    response = method.remote(call)
+    try:
+        return response.result(timeout_s=deadline_s)
+    except TimeoutError:
+        response.cancel()
+        return RewardFailure.TIMEOUT
+    except (RayActorError, RayServeException):
+        return RewardFailure.UNAVAILABLE
+    except RayError:
+        return RewardFailure.ERROR
 
 
 class HttpAttempt:
     """Calls `POST /score`; any service that speaks the same JSON will do."""
+
+    def __init__(self, url: str, token: str | None = None, *, transport: Any = None) -> None:
+        """Connect lazily to `url`; `transport` is an httpx transport for tests."""
+        self._http = HttpPost(url, token, transport=transport)
+
+    def __call__(self, call: ScoreCall, deadline_s: float) -> BatchScores:
+        """See `Attempt`."""
+        body: dict[str, Any] = {
+            "histories": [row.tolist() for row in call.histories()],
+            "candidates": [row.tolist() for row in call.candidates()],
+        }
+        if call.needs is not None:
+            body["needs"] = list(call.needs)
+        content = self._http.post("/score", body, deadline_s)
+        if isinstance(content, RewardFailure):
+            return BatchScores.failed(len(call), content)
+        parsed = parse_response(content)
+        return BatchScores.failed(len(call), RewardFailure.ERROR) if parsed is None else checked(parsed, call)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+
+class HttpPost:
+    """JSON to a service that may be anybody's, within a deadline for the whole answer."""
 
     def __init__(self, url: str, token: str | None = None, *, transport: Any = None) -> None:
         """Connect lazily to `url`; `transport` is an httpx transport for tests."""
@@ -124,39 +183,27 @@ class HttpAttempt:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client = httpx.Client(base_url=url, headers=headers, transport=transport, trust_env=False)
 
-    def __call__(self, call: ScoreCall, deadline_s: float) -> BatchScores:
-        """See `Attempt`."""
+    def post(self, path: str, body: dict[str, Any], deadline_s: float) -> bytes | RewardFailure:
+        """The body of the answer, or why there is none."""
         import httpx
 
-        body: dict[str, Any] = {
-            "histories": [row.tolist() for row in call.histories()],
-            "candidates": [row.tolist() for row in call.candidates()],
-        }
-        if call.needs is not None:
-            body["needs"] = list(call.needs)
         end = time.monotonic() + deadline_s
         content = bytearray()
         try:
-            with self._client.stream("POST", "/score", json=body, timeout=deadline_s) as response:
+            with self._client.stream("POST", path, json=body, timeout=deadline_s) as response:
                 for part in response.iter_bytes():
                     content += part
                     if time.monotonic() > end:
-                        return BatchScores.failed(len(call), RewardFailure.TIMEOUT)
+                        return RewardFailure.TIMEOUT
                 status = response.status_code
         except httpx.TimeoutException:
-            return BatchScores.failed(len(call), RewardFailure.TIMEOUT)
+            return RewardFailure.TIMEOUT
         except httpx.HTTPError:
-            return BatchScores.failed(len(call), RewardFailure.UNAVAILABLE)
-        return self._parse(call, status, bytes(content))
-
-    @staticmethod
-    def _parse(call: ScoreCall, status: int, content: bytes) -> BatchScores:
-        if status != 200:
-            by_status = {503: RewardFailure.UNAVAILABLE, 502: RewardFailure.UNAVAILABLE, 504: RewardFailure.TIMEOUT}
-            default = RewardFailure.BAD_REQUEST if 400 <= status < 500 else RewardFailure.ERROR
-            return BatchScores.failed(len(call), by_status.get(status, default))
-        parsed = parse_response(content)
-        return BatchScores.failed(len(call), RewardFailure.ERROR) if parsed is None else checked(parsed, call)
+            return RewardFailure.UNAVAILABLE
+        if status == 200:
+            return bytes(content)
+        by_status = {503: RewardFailure.UNAVAILABLE, 502: RewardFailure.UNAVAILABLE, 504: RewardFailure.TIMEOUT}
+        return by_status.get(status, RewardFailure.BAD_REQUEST if 400 <= status < 500 else RewardFailure.ERROR)
 
     def close(self) -> None:
         """Close the connections."""
@@ -169,9 +216,9 @@ def parse_response(content: bytes) -> BatchScores | None:
 
     try:
         body = json.loads(content)
-        scores = _rows(body["scores"])
+        scores = rows_of(body["scores"])
         failures = [str(reason) for reason in body["failures"]]
-        variances = None if body.get("variances") is None else _rows(body["variances"])
+        variances = None if body.get("variances") is None else rows_of(body["variances"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     if any(row.ndim != 1 for row in scores + (variances or [])):
@@ -179,5 +226,5 @@ def parse_response(content: bytes) -> BatchScores | None:
     return BatchScores(scores=scores, failure_N=np.array(failures, dtype=np.str_), variances=variances)
 
 
-def _rows(rows: Sequence[Sequence[float] | None]) -> list[FloatArray]:
+def rows_of(rows: Sequence[Sequence[float] | None]) -> list[FloatArray]:
     return [np.zeros(0, np.float32) if row is None else np.asarray(row, np.float32) for row in rows]

@@ -1,8 +1,9 @@
 """The HTTP face of the reward service, as an ASGI application around a scoring function.
 
-`POST /score {histories, candidates, needs} → {scores, failures, variances}`, `GET /healthz`, `/metrics` (Prometheus
-text), `/openapi.json`. With a token every path but `/healthz` wants `Authorization: Bearer TOKEN`. A body beyond the
-limit is refused with 413 before it is read whole.
+`POST /score {histories, candidates, needs} → {scores, failures, variances}`,
+`POST /swaps {histories, lists, form, swaps, seed} → {credits, failures, counts}`, `GET /healthz`, `/metrics`
+(Prometheus text), `/openapi.json`. With a token every path but `/healthz` wants `Authorization: Bearer TOKEN`. A body
+beyond the limit is refused with 413 before it is read whole.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.records import FloatArray
+from data.records import FloatArray, IntArray
 from reward.batch_scoring import BatchScores
+from reward.swap_calls import SwapCall, SwapReply
+from reward.swap_credit import SwapForm
+from reward.swap_evaluation import SWAPPED, SwapSampling
 from reward.wire import ScoreCall
 
 ItemId = Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)]
 Score = Callable[[ScoreCall], Awaitable[BatchScores]]
+Credit = Callable[[SwapCall], Awaitable[SwapReply]]
 Message = dict[str, Any]
 
 
@@ -60,13 +65,58 @@ class ScoreResponse(BaseModel):
     """Variances of the scores, null where the sample failed; absent from a ranker that has none."""
 
 
+class SwapRequest(BaseModel):
+    """Lists whose positions are to be credited by swaps."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    histories: list[list[ItemId]]
+    """Item ids per list, oldest first; may be empty."""
+    lists: list[list[ItemId]]
+    """Item ids, best first; as many lists as histories."""
+    form: SwapForm = SwapForm.CAUSAL
+    """causal (each position against the later ones) or all_pairs."""
+    swaps: int = Field(SwapSampling().swaps, ge=1, le=4096)
+    """Swaps per position, drawn without replacement."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the drawn swaps."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> SwapRequest:
+        if len(self.histories) != len(self.lists):
+            raise ValueError(f"{len(self.histories)} histories but {len(self.lists)} lists")
+        if self.form not in SWAPPED:
+            raise ValueError(f"form is {self.form.value}; legal: {' | '.join(form.value for form in SWAPPED)}")
+        return self
+
+
+class SwapResponse(BaseModel):
+    """Credits and failures, list by list."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    credits: list[list[float] | None]
+    """One per position; null where the list failed."""
+    failures: list[str]
+    """As those of /score."""
+    counts: dict[str, float]
+    """Lists asked for (the lists and their swaps), duplicates among them, found in the cache, scored, and evicted."""
+
+
 def build_app(
-    *, score: Score, metrics: Callable[[], bytes], ready: Callable[[], bool], token: str | None, max_body_bytes: int
+    *,
+    score: Score,
+    credit: Credit,
+    metrics: Callable[[], bytes],
+    ready: Callable[[], bool],
+    token: str | None,
+    max_body_bytes: int,
 ) -> Callable[..., Awaitable[None]]:
     """The ASGI application.
 
     Args:
         score: scores a call; never raises for bad samples.
+        credit: credits the lists of a call; never raises for bad lists.
         metrics: current metrics in the Prometheus text format.
         ready: True when the replica can score.
         token: bearer token that is required, or None.
@@ -76,19 +126,24 @@ def build_app(
 
     @app.post("/score", response_model_exclude_none=True)
     async def _score(request: ScoreRequest) -> ScoreResponse:
-        call = ScoreCall.pack(
-            [np.asarray(row, np.int32) for row in request.histories],
-            [np.asarray(row, np.int32) for row in request.candidates],
-            request.needs,
-        )
+        call = ScoreCall.pack(_arrays(request.histories), _arrays(request.candidates), request.needs)
         result = await score(call)
         failures = [str(reason) for reason in result.failure_N]
+        variances = None if result.variances is None else _rows(result.variances, failures)
+        return ScoreResponse(scores=_rows(result.scores, failures), failures=failures, variances=variances)
 
-        def rows(values: list[FloatArray]) -> list[list[float] | None]:
-            return [None if bad else row.tolist() for row, bad in zip(values, failures, strict=True)]
-
-        variances = None if result.variances is None else rows(result.variances)
-        return ScoreResponse(scores=rows(result.scores), failures=failures, variances=variances)
+    @app.post("/swaps")
+    async def _swaps(request: SwapRequest) -> SwapResponse:
+        call = SwapCall.pack(
+            _arrays(request.histories),
+            _arrays(request.lists),
+            form=request.form,
+            swaps=request.swaps,
+            seed=request.seed,
+        )
+        result = await credit(call)
+        failures = [str(reason) for reason in result.failure_N]
+        return SwapResponse(credits=_rows(result.credits, failures), failures=failures, counts=dict(result.counts))
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def _healthz() -> str:
@@ -102,6 +157,14 @@ def build_app(
 
     # Who has no token gets no memory either: nothing of the body is read before the token is.
     return BearerToken(BodyLimit(app, max_body_bytes), token)
+
+
+def _arrays(rows: list[list[int]]) -> list[IntArray]:
+    return [np.asarray(row, np.int32) for row in rows]
+
+
+def _rows(values: list[FloatArray], failures: list[str]) -> list[list[float] | None]:
+    return [None if failure else row.tolist() for row, failure in zip(values, failures, strict=True)]
 
 
 class BearerToken:

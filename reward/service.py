@@ -15,9 +15,11 @@ from typing import Any
 
 from data.errors import RequestError, RunError
 from reward.client import HandleAttempt, HttpAttempt, RewardClient
+from reward.list_ranker import check_list_ranker
 from reward.ranker import check_ranker
 from reward.replica import ReplicaOptions, RewardReplica
 from reward.settings import RewardSettings, Transport, is_loopback
+from reward.swap_client import HandleSwapAttempt, HttpSwapAttempt, SwapClient
 
 NAME = "windlass-reward"
 
@@ -28,9 +30,10 @@ def check_service(settings: RewardSettings) -> None:
     Raises:
         RequestError: no such ranker, an address without the token.
     """
-    if settings.url is None and settings.ranker is not None:
-        require_token(settings.host, settings)
-        check_ranker(settings.ranker, settings.ranker_options)
+    if settings.url is not None or not settings.asks_service:
+        return
+    require_token(settings.host, settings)
+    _check_rankers(settings)
 
 
 def bearer_token(settings: RewardSettings) -> str | None:
@@ -77,10 +80,10 @@ class RewardService:
         """
         if settings.url is not None:
             return cls(settings, address=settings.url, handle=None, app_name=None)
-        if settings.ranker is None:
+        if not settings.asks_service:
             raise RequestError("reward.ranker", "none", "a ranker: the service has nothing to score with")
         token = require_token(settings.host, settings)
-        check_ranker(settings.ranker, settings.ranker_options)
+        _check_rankers(settings)
 
         from ray import serve
 
@@ -104,6 +107,12 @@ class RewardService:
             return RewardClient(HandleAttempt(self._handle), self.settings)
         return RewardClient(HttpAttempt(self.address, bearer_token(self.settings)), self.settings)
 
+    def swap_client(self) -> SwapClient:
+        """A client for swap credit, with the transport of `client`."""
+        if self._handle is not None and self.settings.transport is Transport.HANDLE:
+            return SwapClient(HandleSwapAttempt(self._handle), self.settings)
+        return SwapClient(HttpSwapAttempt(self.address, bearer_token(self.settings)), self.settings)
+
     def close(self) -> None:
         """Take the application down. Serve itself stays until the cluster ends or the next start."""
         if self._app_name is None:
@@ -115,16 +124,25 @@ class RewardService:
 
 
 def _options(settings: RewardSettings, token: str | None) -> ReplicaOptions:
-    assert settings.ranker is not None
     return ReplicaOptions(
-        ranker=_absolute(settings.ranker),
+        ranker=None if settings.ranker is None else _absolute(settings.ranker),
         ranker_options=settings.ranker_options,
+        list_ranker=settings.list_ranker,
+        list_ranker_options=settings.list_ranker_options,
+        cache_lists=settings.swaps.cache_lists,
         chunk=settings.chunk,
         threads=settings.threads,
         deadline_s=settings.deadline_s,
         max_body_bytes=int(settings.max_body_mib * 2**20),
         token=token,
     )
+
+
+def _check_rankers(settings: RewardSettings) -> None:
+    if settings.ranker is not None:
+        check_ranker(settings.ranker, settings.ranker_options)
+    if settings.list_ranker is not None:
+        check_list_ranker(settings.list_ranker, settings.list_ranker_options)
 
 
 def _deployment(settings: RewardSettings) -> Any:

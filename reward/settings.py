@@ -12,6 +12,9 @@ from data.errors import RequestError
 from data.settings import Settings
 from reward.swap_evaluation import SwapSampling
 
+THERE = "there"
+"""`reward.list_ranker` of a service that runs elsewhere and has one."""
+
 
 class Transport(StrEnum):
     """How the training loop reaches the reward service."""
@@ -62,8 +65,8 @@ class RewardSettings(Settings):
     invalid_score: InvalidScore = InvalidScore.LOWEST
     """Ranker score of a completion that is no item: lowest of the group, or below_lowest by one deviation."""
     list_ranker: str | None = None
-    """`package.module:Class` of a list-wise ranker (score_list) whose swaps credit lists, in the driver; none takes the
-    closed form from the gains."""
+    """`package.module:Class` of a list-wise ranker (score_list), which the service asks for swaps to credit lists; with
+    reward.url `there`: the service has its own; none takes the closed form from the gains."""
     list_ranker_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Keyword arguments of that class."""
     swaps: SwapSampling = SwapSampling()
@@ -109,6 +112,9 @@ class RewardSettings(Settings):
             )
         if self.url is not None and self.ranker is not None:
             raise RequestError("reward.url", self.url, "none with reward.ranker set: the service there has its own")
+        if self.list_ranker is not None and (self.list_ranker == THERE) != (self.url is not None):
+            legal = f"{THERE} with reward.url, package.module:Class without it"
+            raise RequestError("reward.list_ranker", self.list_ranker, legal)
         return self
 
     def part_weights(self) -> dict[str, float]:
@@ -121,8 +127,13 @@ class RewardSettings(Settings):
 
     @property
     def asks_ranker(self) -> bool:
+        """True when a step asks the reward service for scores of items."""
+        return self.ranker is not None or (self.url is not None and self.list_ranker is None)
+
+    @property
+    def asks_service(self) -> bool:
         """True when a step needs the reward service."""
-        return self.ranker is not None or self.url is not None
+        return self.asks_ranker or self.list_ranker is not None
 
 
 def is_loopback(host: str) -> bool:

@@ -29,6 +29,9 @@ from reward.swap_credit import ListCredit, SwapForm
 
 LOG = logging.getLogger(__name__)
 
+SWAPPED = (SwapForm.CAUSAL, SwapForm.ALL_PAIRS)
+"""Forms that compare swapped lists."""
+
 
 class ListRanker(Protocol):
     """Scores whole lists; larger is better, and a swap is worth the difference of two scores."""
@@ -126,7 +129,7 @@ def evaluate_swaps(
     Raises:
         ValueError: a form without swaps.
     """
-    if form not in (SwapForm.CAUSAL, SwapForm.ALL_PAIRS):
+    if form not in SWAPPED:
         raise ValueError(f"{form.value} credit compares no swapped lists, so there is nothing to evaluate")
     wanted: dict[bytes, tuple[IntArray, IntArray]] = {}
     asked = [

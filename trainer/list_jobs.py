@@ -6,8 +6,9 @@ import hashlib
 from typing import Any, NamedTuple
 
 from data.feed import Feed
-from reward.list_ranker import load_list_ranker
 from reward.scoring import RewardScorer
+from reward.service import RewardService
+from reward.swap_client import SwapClient
 from trainer.jobs import RlJob, SftJob, check_batch
 from trainer.list_data import ListData, PreparedPrompts
 from trainer.list_scoring import ListScorer
@@ -72,15 +73,14 @@ def prompt_rows(job: RlJob, data: PolicyData) -> ListRows:
     return ListRows(feed, training.counts)
 
 
-def list_scorer(job: RlJob, rewards: RewardScorer) -> ListScorer:
-    """What scores the groups of a job.
+def list_scorer(job: RlJob, rewards: RewardScorer, swaps: SwapClient | None) -> ListScorer:
+    """What scores the groups of a job; `swaps` reaches its list-wise ranker."""
+    return ListScorer(rewards, job.objective.credit.form, swaps=swaps, seed=job.seed)
 
-    Raises:
-        RequestError: a list-wise ranker that cannot be loaded.
-    """
-    reward = job.reward
-    ranker = None if reward.list_ranker is None else load_list_ranker(reward.list_ranker, reward.list_ranker_options)
-    return ListScorer(rewards, job.objective.credit.form, ranker=ranker, sampling=reward.swaps, seed=job.seed)
+
+def swap_client(job: RlJob, service: RewardService | None) -> SwapClient | None:
+    """What reaches the list-wise ranker of a job, None where it has none."""
+    return None if service is None or job.reward.list_ranker is None else service.swap_client()
 
 
 def lists_of(data: PolicyData) -> ListData:

@@ -27,7 +27,7 @@ from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
-from trainer.list_jobs import ListRows, ideal_rows, list_scorer, prompt_rows
+from trainer.list_jobs import ListRows, ideal_rows, list_scorer, prompt_rows, swap_client
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
 from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
@@ -119,6 +119,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             if source is not None:
                 run.run_log.say(source.told)
         _restore_cursor(run, feed)
+        swaps = swap_client(job, service)
         tracker = FailureTracker(job.reward)
         if run.state.failures:
             tracker.load_state_dict(run.state.failures)
@@ -133,7 +134,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
             "tracker": tracker,
             "catalogue": data.catalogue,
             "feedback": None if logged is None else logged.anchors,
-            "lists": None if rows is None else list_scorer(job, rewards),
+            "lists": None if rows is None else list_scorer(job, rewards, swaps),
         }
         if job.train_only is not None:
             loop: RlLoop = ReplayLoop(
@@ -148,7 +149,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
         result = summary(run, loop, reason, time.monotonic() - begun) | test
         result["reward"] = {
             "backend": "ray-serve" if service is not None else "rules",
-            "requests": 0 if rewards.client is None else rewards.client.requests,
+            "requests": sum(client.requests for client in (rewards.client, swaps) if client is not None),
         }
         return result | sources_told(logged, rows)
 
@@ -252,7 +253,7 @@ def feedback_checks(job: SftJob | RlJob, catalogue: Catalogue) -> FeedbackChecks
 def reward_scorer(job: RlJob, catalogue: Catalogue) -> Iterator[tuple[RewardScorer, RewardService | None]]:
     """The scorer of a job, with its service when a ranker is asked."""
     path_id_I = catalogue.active_path_id
-    if not job.reward.asks_ranker:
+    if not job.reward.asks_service:
         yield RewardScorer(job.reward, None, path_id_I=path_id_I), None
         return
     service = RewardService.start(job.reward)

@@ -1,4 +1,4 @@
-"""Rankers for tests, named by import path: they misbehave in one way each."""
+"""Rankers for tests, named by import path: most misbehave in one way each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from data.records import FloatArray, IntArray
+from reward.list_ranker import load_list_ranker
+from reward.settings import RewardSettings
+from reward.swap_calls import SwapScorer
+from reward.swap_client import SwapClient
 
 
 def plain_scores(histories: Sequence[IntArray], candidates: Sequence[IntArray]) -> list[FloatArray]:
@@ -67,6 +71,27 @@ class FaultyRanker:
             return False
         path.write_text("triggered")
         return True
+
+
+class SmallFirst:
+    """A list-wise ranker: likes lists whose first items are small; NaN for histories that end with 9001."""
+
+    version = "small-first"
+
+    def score_list(self, histories: Sequence[IntArray], lists: Sequence[IntArray]) -> FloatArray:
+        """Larger is better."""
+        scores = np.array([-float((items / np.arange(1, len(items) + 1)).sum()) for items in lists], np.float32)
+        return np.where([len(history) > 0 and history[-1] == 9001 for history in histories], np.nan, scores)
+
+
+def local_swaps(settings: RewardSettings) -> SwapClient | None:
+    """A client of the settings' list-wise ranker in this process, None where there is none."""
+    if settings.list_ranker is None:
+        return None
+    served = SwapScorer(
+        load_list_ranker(settings.list_ranker, settings.list_ranker_options), settings.swaps.cache_lists
+    )
+    return SwapClient(lambda call, deadline_s: served.credit(call), settings, sleep=lambda _: None)
 
 
 class NoRanker:

@@ -50,7 +50,7 @@ def test_health_metrics_and_openapi() -> None:
         assert 'windlass_reward_samples_total{outcome="scored"} 1.0' in text
         assert 'windlass_reward_samples_total{outcome="non_finite"} 1.0' in text
         schema = client.get("/openapi.json").json()
-        assert set(schema["paths"]) == {"/score", "/healthz", "/metrics"}
+        assert set(schema["paths"]) == {"/score", "/swaps", "/healthz", "/metrics"}
         assert set(schema["components"]["schemas"]["ScoreResponse"]["properties"]) == {
             "scores",
             "failures",

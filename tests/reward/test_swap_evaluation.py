@@ -2,7 +2,7 @@
 
 Checked: equality with the closed form for lists of unequal length and duplicate items; that fewer swaps are a subset,
 unbiased, drawn by seed, history and list alone; deduplication, the cache's key, bound and counts; failures by reason.
-Not checked: the reward service, which does not serve list-wise rankers yet.
+Not checked: the reward service (test_swap_service.py).
 """
 
 from __future__ import annotations

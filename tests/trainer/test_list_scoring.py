@@ -20,8 +20,10 @@ from data.records import Finish, IntArray, RewardFailure
 from reward.list_ranker import load_list_ranker
 from reward.scoring import RewardScorer
 from reward.settings import RewardSettings
+from reward.swap_client import SwapClient
 from reward.swap_credit import SwapForm
 from reward.swap_evaluation import SwapSampling
+from tests.reward.rankers import local_swaps
 from tests.trainer.test_list_rewards import groups_of, prompt
 from trainer.list_scoring import ListScorer
 
@@ -64,6 +66,12 @@ def scorer(form: SwapForm = SwapForm.CAUSAL, **arguments: Any) -> ListScorer:
     return ListScorer(rules, form, **arguments)
 
 
+def asks(name: str, swaps: int = 8) -> SwapClient | None:
+    """A client of a list-wise ranker of this file."""
+    listed = f"tests.trainer.test_list_scoring:{name}"
+    return local_swaps(RewardSettings(list_ranker=listed, swaps=SwapSampling(swaps=swaps), retries=0))
+
+
 def prompts() -> list[Any]:
     listed = list(GAINS)
     own = [prompt(listed, [GAINS[item] for item in listed]), prompt(listed, [GAINS[item] for item in listed])]
@@ -73,8 +81,8 @@ def prompts() -> list[Any]:
 @pytest.mark.parametrize("form", [SwapForm.CAUSAL, SwapForm.ALL_PAIRS])
 def test_every_swap_of_a_ranker_of_fixed_gains_is_the_closed_form(form: SwapForm) -> None:
     closed = scorer(form).score(prompts(), groups_of(LISTS))
-    asked = scorer(form, ranker=FixedGains(), sampling=SwapSampling(swaps=4)).score(prompts(), groups_of(LISTS))
-    assert asked.signals.credit_PGK.numpy() == pytest.approx(closed.signals.credit_PGK.numpy(), abs=1e-12)
+    asked = scorer(form, swaps=asks("FixedGains", 4)).score(prompts(), groups_of(LISTS))
+    assert asked.signals.credit_PGK.numpy() == pytest.approx(closed.signals.credit_PGK.numpy(), abs=1e-7)
     assert asked.signals.permutation_PG.tolist() == closed.signals.permutation_PG.tolist()
     assert not asked.signals.permutation_PG[1, 2]
     assert asked.scored.usable_P.all()
@@ -84,7 +92,7 @@ def test_every_swap_of_a_ranker_of_fixed_gains_is_the_closed_form(form: SwapForm
 
 
 def test_what_was_scored_is_remembered() -> None:
-    own = scorer(ranker=FixedGains())
+    own = scorer(swaps=asks("FixedGains"))
     first = own.score(prompts(), groups_of(LISTS))
     again = own.score(prompts(), groups_of(LISTS))
     assert again.metrics["swaps/scored"] == 0 < first.metrics["swaps/scored"]
@@ -92,7 +100,7 @@ def test_what_was_scored_is_remembered() -> None:
 
 
 def test_prompts_whose_lists_were_not_scored_fail_alone() -> None:
-    found = scorer(ranker=Broken()).score(prompts(), groups_of(LISTS))
+    found = scorer(swaps=asks("Broken")).score(prompts(), groups_of(LISTS))
     assert found.scored.failure_P.tolist() == [RewardFailure.NON_FINITE.value, ""]
     assert found.metrics["reward_fail/non_finite"] == 1
     assert found.metrics["reward/failed_share"] == 0.5
@@ -105,6 +113,7 @@ def test_lists_whose_text_was_cut_are_counted() -> None:
     found = scorer().score(prompts(), dataclasses.replace(groups, finish_PG=finish_PG))
     assert found.metrics["lists/text_cut"] == 2
     assert "system/reward_requests" not in found.metrics
+    assert scorer(swaps=asks("FixedGains")).score(prompts(), groups).metrics["system/reward_requests"] == 1
 
 
 def test_a_list_wise_ranker_is_loaded_with_its_options() -> None:

@@ -26,6 +26,7 @@ from rollout.engine import Engine, build_engine
 from rollout.peers import LocalPeer
 from rollout.probe import GapAlarm, item_probe
 from tests.requirements import require
+from tests.reward.rankers import local_swaps
 from tests.small_world import recipe, write_dataset
 from trainer.collection import Batch
 from trainer.evaluation import Evaluation
@@ -136,7 +137,7 @@ class World:
             "resumed": state is not None,
             "feed": feed,
             "rewards": rewards,
-            "lists": None if self.data.lists is None else list_scorer(job, rewards),
+            "lists": None if self.data.lists is None else list_scorer(job, rewards, local_swaps(job.reward)),
             "learners": learners,
             "tracker": FailureTracker(job.reward),
             "catalogue": self.data.catalogue,
