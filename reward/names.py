@@ -58,6 +58,26 @@ class ExposureMetric(StrEnum):
     """Share of rows whose first recommendation was exposed to the user before without a response; no cut-off."""
 
 
+class SessionMetric(StrEnum):
+    """What recommendations are worth beside hits, at a cut-off K. Definitions: `reward.session_metrics`."""
+
+    REWARD = "reward"
+    """Mean reward (a scaled rating) of the target where it is among the first K, else 0."""
+    REPETITION = "repetition"
+    """Mean over sessions of the slots that show an item which the session was shown before."""
+    DIVERSITY = "ild"
+    """Mean distance of two items of a list, 1 - cosine of their vectors (intra-list diversity)."""
+
+
+class Slice(StrEnum):
+    """Rows by the popularity of their target; the prefix of a metric: `tail/recall@10`."""
+
+    TAIL = "tail"
+    """The target is a tail item (`reward.metrics.tail_items`)."""
+    HEAD = "head"
+    """It is not."""
+
+
 class StepMetric(StrEnum):
     """Metrics of the reward side of a training step."""
 
@@ -81,9 +101,9 @@ class StepMetric(StrEnum):
     """Calls of the reward service since this start, attempts included: a continued run counts anew."""
 
 
-def at(metric: RankingMetric | PairwiseMetric | ExposureMetric | str, k: int) -> str:
+def at(metric: RankingMetric | PairwiseMetric | ExposureMetric | SessionMetric | str, k: int) -> str:
     """The name of a metric at a cut-off: `at("ndcg", 10)` is "ndcg@10"."""
-    named = metric if isinstance(metric, PairwiseMetric | ExposureMetric) else RankingMetric(metric)
+    named = metric if isinstance(metric, PairwiseMetric | ExposureMetric | SessionMetric) else RankingMetric(metric)
     return f"{named.value}@{k}"
 
 

@@ -1,0 +1,122 @@
+"""Expectations under a softmax policy over a catalogue, without ever holding a batch times the catalogue.
+
+An actor scores items by `query . key_i`; a critic whose value of an item is linear in the item's row needs nothing of
+the policy but the mean of those rows: `sum_a p(a) value_a`. That is attention of one query over the catalogue, in
+chunks of items with a running maximum; the backward pass computes each chunk's probabilities again.
+Memory grows with the batch times the chunk, so that a million items fit.
+
+Suffixes: `_B` row, `_D` width of query and key, `_N` item, `_C` item of a chunk, `_V` width of a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Expectation(torch.autograd.Function):
+    """Forward and backward; the public face is `expectation`."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk: int, query_BD: Tensor, key_ND: Tensor, *values_NV: Tensor) -> tuple[Tensor, ...]:
+        lse_B, means = query_BD.new_full((len(query_BD),), -torch.inf), _zeros(query_BD, values_NV)
+        n_items = len(key_ND)
+        whole_BN: Tensor | None = None
+        for first in range(0, n_items, chunk):
+            part = slice(first, min(first + chunk, n_items))
+            logit_BC = query_BD @ key_ND[part].T
+            if n_items <= chunk:
+                lse_B = torch.logsumexp(logit_BC, 1)
+                whole_BN = logit_BC.sub_(lse_B[:, None]).exp_()
+                means = [whole_BN @ value_NV for value_NV in values_NV]
+                break
+            joined_B = torch.logaddexp(lse_B, torch.logsumexp(logit_BC, 1))
+            kept_B1 = (lse_B - joined_B).exp()[:, None]
+            weight_BC = logit_BC.sub_(joined_B[:, None]).exp_()
+            means = [
+                kept_B1 * mean_BV + weight_BC @ value_NV[part]
+                for mean_BV, value_NV in zip(means, values_NV, strict=True)
+            ]
+            lse_B = joined_B
+        ctx.chunk = chunk
+        ctx.whole_BN = whole_BN
+        ctx.save_for_backward(query_BD, key_ND, lse_B, *values_NV, *means)
+        return (lse_B, *means)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query_BD, key_ND, lse_B, *rest = ctx.saved_tensors
+        values_NV, means_BV = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        d_lse_B, *d_means_BV = gradients
+        wants_policy = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        wanted = ctx.needs_input_grad[3:]
+        d_query_BD = torch.zeros_like(query_BD) if ctx.needs_input_grad[1] else None
+        d_key_ND = torch.empty_like(key_ND) if ctx.needs_input_grad[2] else None
+        d_values_NV = [torch.empty_like(v) if w else None for v, w in zip(values_NV, wanted, strict=True)]
+        # d logit_c = p_c * (d_lse + d_mean . (value_c - mean))
+        base_B = d_lse_B.clone()
+        for d_mean_BV, mean_BV in zip(d_means_BV, means_BV, strict=True):
+            base_B -= (d_mean_BV * mean_BV).sum(1)
+        for first in range(0, len(key_ND), ctx.chunk):
+            part = slice(first, min(first + ctx.chunk, len(key_ND)))
+            weight_BC = ctx.whole_BN
+            if weight_BC is None:
+                weight_BC = (query_BD @ key_ND[part].T).sub_(lse_B[:, None]).exp_()
+            for d_value_NV, d_mean_BV in zip(d_values_NV, d_means_BV, strict=True):
+                if d_value_NV is not None:
+                    torch.mm(weight_BC.T, d_mean_BV, out=d_value_NV[part])
+            if wants_policy:
+                d_logit_BC = base_B[:, None].expand(weight_BC.shape)
+                for d_mean_BV, value_NV in zip(d_means_BV, values_NV, strict=True):
+                    d_logit_BC = torch.addmm(d_logit_BC, d_mean_BV, value_NV[part].T)
+                d_logit_BC = d_logit_BC * weight_BC
+                if d_query_BD is not None:
+                    d_query_BD.addmm_(d_logit_BC, key_ND[part])
+                if d_key_ND is not None:
+                    torch.mm(d_logit_BC.T, query_BD, out=d_key_ND[part])
+        return (None, d_query_BD, d_key_ND, *d_values_NV)
+
+
+def expectation(
+    query_BD: Tensor, key_ND: Tensor, values_NV: tuple[Tensor, ...] = (), *, chunk: int = 16_384
+) -> tuple[Tensor, list[Tensor]]:
+    """Log of the partition function and the mean of values under `softmax(query . key)`.
+
+    Args:
+        query_BD: of the policy's states.
+        key_ND: of the items.
+        values_NV: rows whose mean is wanted, each `[N, its own width]`.
+        chunk: items at once; a catalogue of fewer is computed in one piece, whose probabilities are kept for the
+            backward pass.
+
+    Returns:
+        `lse_B` = log sum_i exp(query . key_i), and one `[B, width]` per value: sum_i p_i value_i. Both carry gradients
+        to every argument that wants them.
+    """
+    lse_B, *means_BV = _Expectation.apply(chunk, query_BD, key_ND, *values_NV)  # type: ignore[no-untyped-call]
+    return lse_B, means_BV
+
+
+def entropy(query_BD: Tensor, lse_B: Tensor, mean_key_BD: Tensor) -> Tensor:
+    """H(pi) of each row, nats: the log partition less the mean logit, which is `query . (mean of the keys)`."""
+    entropy_B: Tensor = lse_B - (query_BD * mean_key_BD).sum(1)
+    return entropy_B
+
+
+@torch.no_grad()
+def best_items(query_BD: Tensor, key_ND: Tensor, *, chunk: int = 16_384) -> Tensor:
+    """int64 [B], the item with the largest `query . key` of each row, the first among equals."""
+    best_B = query_BD.new_full((len(query_BD),), -torch.inf)
+    item_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
+    for first in range(0, len(key_ND), chunk):
+        top_B, at_B = (query_BD @ key_ND[first : first + chunk].T).max(1)
+        better_B = top_B > best_B
+        item_B = torch.where(better_B, at_B + first, item_B)
+        best_B = torch.where(better_B, top_B, best_B)
+    return item_B
+
+
+def _zeros(query_BD: Tensor, values_NV: tuple[Tensor, ...]) -> list[Tensor]:
+    return [query_BD.new_zeros(len(query_BD), value_NV.shape[1]) for value_NV in values_NV]
