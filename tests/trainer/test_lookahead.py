@@ -1,7 +1,8 @@
 """The schedule of batches collected ahead: which weights each batch sees, order, restart, errors.
 
-A model-based test drives `Lookahead` with a counter in place of the fleet's weights and compares with the rule: the
-batch of step k sees the weights of step max(k-1-S, 0). Not checked here: the loop around it (test_loop.py), speed.
+Model-based tests drive `Lookahead` with a counter in place of the fleet's weights and compare with the rule: the batch
+of step k sees the weights of step max(k-1-S, 0). One of them (hypothesis stateful) also lets collections hang and fail,
+and kills and restarts the loop, in any order. Not checked here: the loop around it (test_loop.py), speed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trainer.lookahead import Lookahead
 
@@ -107,3 +109,124 @@ def test_an_error_ahead_stops_the_push() -> None:
 def test_negative_staleness() -> None:
     with pytest.raises(ValueError, match="legal"):
         Lookahead(lambda step: step, -1)
+
+
+@dataclass
+class GatedFleet:
+    """Stands in for the fleet: a collection waits until it is let go, and fails where it was told to."""
+
+    version: int = 0
+    begun: list[int] = field(default_factory=list)
+    let_go: set[int] = field(default_factory=set)
+    failing: set[int] = field(default_factory=set)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def collect(self, step: int) -> tuple[int, int]:
+        with self.changed:
+            # The version is that of the beginning: the table's push waits for what was begun.
+            version = self.version
+            self.begun.append(step)
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: step in self.let_go or step in self.failing, timeout=5)
+            assert self.version == version, "a push passed a collection by"
+        if step in self.failing:
+            raise RuntimeError(f"step {step}")
+        return step, version
+
+    def allow(self, step: int) -> None:
+        with self.changed:
+            self.let_go.add(step)
+            self.changed.notify_all()
+
+    def spoil(self, step: int) -> None:
+        with self.changed:
+            self.failing.add(step)
+            self.changed.notify_all()
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """The loop's side of the schedule, one call at a time; the model knows each step's state of the table."""
+
+    LAST = 9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fleet = GatedFleet()
+        self.ahead: Lookahead[tuple[int, int]] | None = None
+        self.staleness = 0
+        self.step = 0
+        """Steps that are done: taken, trained, pushed."""
+        self.saved: tuple[int, dict[int, tuple[int, int]]] = (0, {})
+        self.broken = False
+
+    @initialize(staleness=st.integers(1, 3))
+    def begin(self, staleness: int) -> None:
+        self.staleness = staleness
+        self.ahead = Lookahead(self.fleet.collect, staleness, self.LAST)
+
+    @property
+    def reach(self) -> int:
+        """The last step that is begun at the next `take`."""
+        return min(self.step + 1 + self.staleness, self.LAST)
+
+    def take_and_settle(self, step: int) -> tuple[int, int]:
+        assert self.ahead is not None
+        taken = self.ahead.take(step)
+        self.ahead.settle()
+        return taken
+
+    @precondition(lambda self: not self.broken and self.step < self.LAST)
+    @rule(fails_at=st.none() | st.integers(1, 3))
+    def a_step(self, fails_at: int | None) -> None:
+        assert self.ahead is not None
+        now, doomed = self.step + 1, None if fails_at is None else self.step + fails_at
+        fresh = [step for step in range(now, self.reach + 1) if step not in self.fleet.begun]
+        if doomed in fresh:
+            self.fleet.spoil(doomed)
+        for step in range(now, self.reach + 1):
+            if step != doomed:
+                self.fleet.allow(step)
+        if doomed in fresh:
+            # The error is that of the step that failed, at `take` or before the push, and the push does not happen.
+            with pytest.raises(RuntimeError, match=f"step {doomed}"):
+                self.take_and_settle(now)
+            self.broken = True
+            return
+        taken = self.take_and_settle(now)
+        assert taken == (now, max(now - 1 - self.staleness, 0))
+        assert sorted(self.ahead.waiting()) == list(range(now + 1, self.reach + 1))
+        with self.fleet.changed:
+            self.fleet.version = now
+        self.step = now
+        self.saved = now, self.ahead.waiting()
+
+    @precondition(lambda self: self.ahead is not None)
+    @rule()
+    def a_death_and_a_restart(self) -> None:
+        assert self.ahead is not None
+        with self.fleet.changed:
+            self.fleet.let_go |= set(range(self.LAST + 1))
+            self.fleet.changed.notify_all()
+        self.ahead.close()
+        step, waiting = self.saved
+        self.fleet = GatedFleet(version=step, begun=sorted({*range(1, step + 1), *waiting}))
+        self.ahead = Lookahead(self.fleet.collect, self.staleness, self.LAST)
+        self.ahead.restore(waiting)
+        self.step, self.broken = step, False
+
+    @invariant()
+    def begun_in_order_and_once(self) -> None:
+        begun = self.fleet.begun
+        assert begun == sorted(set(begun))
+        assert not begun or begun[-1] <= self.step + 1 + self.staleness
+
+    def teardown(self) -> None:
+        if self.ahead is not None:
+            with self.fleet.changed:
+                self.fleet.let_go |= set(range(self.LAST + 1))
+                self.fleet.changed.notify_all()
+            self.ahead.close()
+
+
+TestSchedule = ScheduleMachine.TestCase
+TestSchedule.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
