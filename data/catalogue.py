@@ -24,7 +24,7 @@ from data.errors import RequestError
 from data.parquet import read_table
 from data.records import NO_ITEM, BoolArray, IntArray, LongArray
 from data.trie import ItemTrie, complete_paths
-from data.vocabulary import Vocabulary
+from data.vocabulary import TextBase, Vocabulary
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
@@ -113,13 +113,11 @@ class Catalogue:
         """
         codes = load_codes(dataset.path, codes_name, dataset.n_items)
         table = dataset.items()
-        active = np.ones(dataset.n_items, dtype=bool)
-        latest = np.iinfo(np.int64).max
-        now = latest - 1 if at is None else at
-        active &= _times(table["active_from"], np.iinfo(np.int64).min) <= now
-        active &= _times(table["active_to"], latest) > now
         return Catalogue.from_codes(
-            codes, table["title"].to_pylist(), item_keys=table["item_key"].to_pylist(), active=active
+            codes,
+            table["title"].to_pylist(),
+            item_keys=table["item_key"].to_pylist(),
+            active=active_items(table, at),
         )
 
     @property
@@ -200,6 +198,8 @@ class Catalogue:
         state = hashlib.sha256(repr((FORMAT, self.vocabulary.level_sizes, self.n_items)).encode())
         if self.vocabulary.further_words:
             state.update(json.dumps(self.vocabulary.further_words).encode())
+        if self.vocabulary.text is not None:
+            state.update(json.dumps(self.vocabulary.text.record(), sort_keys=True).encode())
         for array in (self.path_values.astype("<i4"), self.path_start.astype("<i8"), self.active):
             state.update(np.ascontiguousarray(array).tobytes())
         state.update(json.dumps([self.item_keys, self.titles]).encode())
@@ -228,6 +228,8 @@ class Catalogue:
             "on_collision": self.on_collision.value,
             "provenance": self.provenance,
         }
+        if self.vocabulary.text is not None:
+            card["text"] = self.vocabulary.text.record()
         (folder / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -243,7 +245,9 @@ class Catalogue:
         paths = table["tokens"].combine_chunks()
         lengths = paths.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         catalogue = Catalogue(
-            vocabulary=Vocabulary([int(size) for size in card["level_sizes"]], _further_words(folder, card)),
+            vocabulary=Vocabulary(
+                [int(size) for size in card["level_sizes"]], _further_words(folder, card), text=_text_base(folder, card)
+            ),
             path_values=paths.flatten().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32),
             path_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             active=table["active"].combine_chunks().fill_null(False).to_numpy(zero_copy_only=False),
@@ -255,6 +259,21 @@ class Catalogue:
         if catalogue.digest != card["digest"]:
             raise RequestError(str(folder), f"digest {catalogue.digest}", f"{card['digest']}, as catalogue.json says")
         return catalogue
+
+
+def active_items(table: pa.Table, at: int | None = None) -> BoolArray:
+    """[n_items], the items of a dataset's table that are active at a time (`Catalogue.build`)."""
+    active = np.ones(len(table), dtype=bool)
+    latest = np.iinfo(np.int64).max
+    now = latest - 1 if at is None else at
+    active &= _times(table["active_from"], np.iinfo(np.int64).min) <= now
+    active &= _times(table["active_to"], latest) > now
+    return active
+
+
+def _text_base(folder: Path, card: dict[str, Any]) -> TextBase | None:
+    """The language model's own tokens; none where the codes are the whole vocabulary."""
+    return TextBase.of_record(f"{folder / CARD}: text", card["text"]) if "text" in card else None
 
 
 def _times(column: pa.ChunkedArray, missing: int) -> LongArray:

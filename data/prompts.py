@@ -52,13 +52,17 @@ class PromptBuilder:
         Raises:
             RequestError: not even one item would fit.
         """
-        longest = int(np.diff(catalogue.path_start).max())
-        if max_prompt_tokens < 1 + longest:
-            raise RequestError("max_prompt_tokens", max_prompt_tokens, f"at least {1 + longest} (<bos> and one item)")
         self.catalogue = catalogue
         self.history = history
         self.exclude_seen = exclude_seen
         self.max_prompt_tokens = max_prompt_tokens
+        self._check_room()
+
+    def _check_room(self) -> None:
+        longest = int(np.diff(self.catalogue.path_start).max())
+        if self.max_prompt_tokens < 1 + longest:
+            legal = f"at least {1 + longest} (<bos> and one item)"
+            raise RequestError("max_prompt_tokens", self.max_prompt_tokens, legal)
 
     def build(self, samples: Samples, rows: npt.NDArray[np.integer] | None = None) -> PromptBatch:
         """Prompts of the given rows (all by default), in their order; `prompt_id` is the sample id."""
@@ -92,13 +96,10 @@ class PromptBuilder:
         if not known.all():
             counts[PromptCount.UNKNOWN_ITEMS] += int((~known).sum())
             whole = whole[known]
-        shown = whole[max(0, len(whole) - self.history) :]
-        tokens, length = catalogue.tokens_of(shown)
-        if 1 + len(tokens) > self.max_prompt_tokens:
+        latest = whole[max(0, len(whole) - self.history) :]
+        shown, tokens = self.written(latest)
+        if len(shown) < len(latest):
             counts[PromptCount.SHORTENED] += 1
-            from_here = np.cumsum(length[::-1])[::-1]
-            shown = shown[from_here < self.max_prompt_tokens]
-            tokens, _ = catalogue.tokens_of(shown)
         if not len(shown):
             counts[PromptCount.EMPTY_HISTORY] += 1
         exclusions = np.unique(whole) if self.exclude_seen else np.zeros(0, dtype=np.int32)
@@ -106,13 +107,22 @@ class PromptBuilder:
             counts[PromptCount.TARGET_UNREACHABLE] += 1
         return Prompt(
             prompt_id=prompt_id,
-            token_ids=np.concatenate([[catalogue.vocabulary.bos], tokens]).astype(np.int32),
+            token_ids=tokens,
             user_id=user_id,
             history=np.ascontiguousarray(shown, dtype=np.int32),
             exclusions=exclusions.astype(np.int32),
             target=target,
             timestamp=timestamp,
         )
+
+    def written(self, items: IntArray) -> tuple[IntArray, IntArray]:
+        """The latest of the items that a prompt has room for, and its tokens."""
+        tokens, length = self.catalogue.tokens_of(items)
+        if 1 + len(tokens) > self.max_prompt_tokens:
+            from_here = np.cumsum(length[::-1])[::-1]
+            items = items[from_here < self.max_prompt_tokens]
+            tokens, _ = self.catalogue.tokens_of(items)
+        return items, np.concatenate([[self.catalogue.vocabulary.bos], tokens]).astype(np.int32)
 
     def _reachable(self, target: int, exclusions: IntArray) -> bool:
         if not 0 <= target < self.catalogue.n_items or not self.catalogue.active[target]:

@@ -1,5 +1,8 @@
 """The vocabulary: four special tokens, then one token per (level, code), level by level, then further words.
 
+In a pretrained language model the tokens of its tokenizer (`TextBase`) take the place of the four; where items are
+written as titles there are no codes at all.
+
 A recommender of single items that is trained from scratch needs no further words, so its vocabulary is exactly what a
 semantic ID can say; every token id means the same in the engine, the learner and the item trie. Ranked lists need
 words for needs and for the parts of a prompt (`list_words`). They come last, so they change no other token's id.
@@ -10,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,30 +41,70 @@ def list_words(instruction_words: Sequence[str]) -> tuple[str, ...]:
     return (CANDIDATES_WORD, LIST_WORD, *(need_word(word) for word in instruction_words))
 
 
+ROW_MULTIPLE: Final = 64
+"""The embedding of an extended language model has a multiple of this many rows, as engines lay it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBase:
+    """The vocabulary of a pretrained language model, before anything is added."""
+
+    tokens: int
+    """Tokens of its tokenizer; the next id is free."""
+    rows: int
+    """Rows of its embedding, the same or more."""
+    pad: int
+    bos: int
+    """Token that begins a text; the end token where the tokenizer has no such token."""
+    eos: int
+    """Token that ends a text, and an answer."""
+
+    def record(self) -> dict[str, int]:
+        """For a file."""
+        return asdict(self)
+
+    @classmethod
+    def of_record(cls, where: str, record: Any) -> Self:
+        """From a file.
+
+        Raises:
+            RequestError: another content than `record` gives.
+        """
+        names = set(cls.__dataclass_fields__)
+        whole = isinstance(record, dict) and set(record) == names
+        if not whole or not all(isinstance(value, int) and value >= 0 for value in record.values()):
+            raise RequestError(where, repr(record), f"numbers for {', '.join(sorted(names))}")
+        return cls(**record)
+
+
 class Vocabulary:
     """Token ids of codes. `level_sizes[l]` codes exist at level l; code c of level l is written `<a_c>`, `<b_c>`, …"""
 
-    pad: Final = 0
-    bos: Final = 1
-    eos: Final = 2
-    """Also the end token of an item whose path is the beginning of another item's path."""
     unk: Final = 3
+    """Only beside the three other special tokens, not in a language model."""
 
-    def __init__(self, level_sizes: list[int], further_words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, level_sizes: Sequence[int], further_words: Sequence[str] = (), *, text: TextBase | None = None
+    ) -> None:
         """
         Args:
-            level_sizes: number of codes of each level.
+            level_sizes: number of codes of each level; none only in a language model, whose items are titles then.
             further_words: words after the codes, such as `list_words`; each written `<...>`.
+            text: the language model's own tokens, which come first; by default the four special ones.
 
         Raises:
             RequestError: no level, a level without codes, or a word that is malformed or there already.
         """
-        if not 1 <= len(level_sizes) <= len(LEVEL_NAMES):
+        if not (0 if text else 1) <= len(level_sizes) <= len(LEVEL_NAMES):
             raise RequestError("codes: levels", len(level_sizes), f"1 to {len(LEVEL_NAMES)}")
-        if min(level_sizes) < 1:
+        if min(level_sizes, default=1) < 1:
             raise RequestError("codes: codes per level", level_sizes, "at least 1 at every level")
+        self.text = text
+        self.pad, self.bos, self.eos = (0, 1, 2) if text is None else (text.pad, text.bos, text.eos)
+        self.first_code = len(SPECIAL_TOKENS) if text is None else text.tokens
+        """Token id of the first code; `eos` also ends the path of an item that begins another item's path."""
         self.level_sizes = tuple(int(size) for size in level_sizes)
-        self.level_offsets: LongArray = len(SPECIAL_TOKENS) + np.cumsum([0, *self.level_sizes], dtype=np.int64)
+        self.level_offsets: LongArray = self.first_code + np.cumsum([0, *self.level_sizes], dtype=np.int64)
         self.further_words = tuple(further_words)
         odd = [word for word in self.further_words if not re.fullmatch(r"<[^<>\s]+>", word)]
         if odd or len({*SPECIAL_TOKENS, *self.further_words}) < len(SPECIAL_TOKENS) + len(self.further_words):
@@ -70,14 +114,23 @@ class Vocabulary:
             raise RequestError("vocabulary: further words", ", ".join(self.further_words), "words that are no codes")
 
     @property
-    def size(self) -> int:
-        """Number of tokens, the least number of rows of an embedding."""
+    def tokens(self) -> int:
+        """Number of tokens."""
         return int(self.level_offsets[-1]) + len(self.further_words)
+
+    @property
+    def size(self) -> int:
+        """Rows of the model's embedding: the tokens, and in a language model rows that pad them (no token's)."""
+        if self.text is None:
+            return self.tokens
+        if self.tokens <= self.text.rows:
+            return self.text.rows
+        return -(-self.tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def with_words(self, words: Sequence[str]) -> Vocabulary:
         """The vocabulary with those of the words that it does not have, after all others."""
         new = [word for word in words if word not in self.further_words]
-        return Vocabulary(list(self.level_sizes), [*self.further_words, *new])
+        return Vocabulary(self.level_sizes, [*self.further_words, *new], text=self.text)
 
     def word_token(self, word: str) -> int:
         """Token id of one of the further words.
@@ -119,16 +172,17 @@ class Vocabulary:
         return tokens
 
     def words(self) -> list[str]:
-        """The written form of every token, in the order of the ids."""
+        """The written form of every token in the order of the ids; of a language model's own tokens not."""
         codes = [
             f"<{LEVEL_NAMES[level]}_{code}>" for level, size in enumerate(self.level_sizes) for code in range(size)
         ]
-        return [*SPECIAL_TOKENS, *codes, *self.further_words]
+        return [*(SPECIAL_TOKENS if self.text is None else ()), *codes, *self.further_words]
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write a tokenizer that `AutoTokenizer.from_pretrained(folder)` loads, with the same token ids.
 
-        It adds no token by itself: what it encodes is what the text says.
+        It adds no token by itself: what it encodes is what the text says. The tokenizer of a language model is
+        extended and saved by `data.text_tokenizer`.
         """
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -156,8 +210,8 @@ class Vocabulary:
         return hash(self._key)
 
     @property
-    def _key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        return self.level_sizes, self.further_words
+    def _key(self) -> tuple[tuple[int, ...], tuple[str, ...], TextBase | None]:
+        return self.level_sizes, self.further_words, self.text
 
     def __repr__(self) -> str:
         return f"Vocabulary(level_sizes={list(self.level_sizes)}, size={self.size})"

@@ -75,7 +75,7 @@ def simulate_command(
             fleet,
             samples,
             rows,
-            PromptCard.read(hf_dir).builder(catalogue),
+            PromptCard.read(hf_dir).builder(catalogue, hf_dir),
             ServingSettings(**arguments.model_dump(include=set(ServingSettings.model_fields))),
             name=f"{dataset.name}-{arguments.split}",
             policy_version=version,

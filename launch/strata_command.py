@@ -91,7 +91,7 @@ def strata_command(
     oracle = None if arguments.oracle is None else load_ranker(arguments.oracle)
     samples = dataset.samples(arguments.split)
     rows = sample_rows(len(samples), arguments.rows or len(samples), arguments.seed)
-    builder = PromptCard.read(after_dir).builder(catalogue)
+    builder = PromptCard.read(after_dir).builder(catalogue, after_dir)
     requests = [
         builder.build(samples, rows[first : first + arguments.batch]).prompts
         for first in range(0, len(rows), arguments.batch)

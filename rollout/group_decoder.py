@@ -55,6 +55,8 @@ class GroupDecoder:
         self._trie = catalogue.trie().to(device)
         self._digest = catalogue.digest
         self._vocabulary_size = vocabulary_size
+        # Rows behind the tokens pad the matrices of a language model: no text has them.
+        self._tokens = vocabulary_size if catalogue.vocabulary.text is None else catalogue.vocabulary.tokens
         self.max_model_len = max_model_len
         levels = [self._trie.level_tokens(depth) for depth in range(self._trie.depth)]
         large = vocabulary_size >= _LARGE * max(len(token_V) for token_V in levels)
@@ -201,9 +203,7 @@ class GroupDecoder:
 
     def _constraint(self, prompts: Sequence[Prompt], spec: DecodeSpec, exclude: bool | None) -> Constraint[Any]:
         if not spec.constrained:
-            return Unconstrained(
-                self._trie, vocabulary_size=self._vocabulary_size, max_tokens=self.completion_tokens(spec)
-            )
+            return Unconstrained(self._trie, vocabulary_size=self._tokens, max_tokens=self.completion_tokens(spec))
         if spec.lists is not None:
             return list_constraint(self._trie, spec.lists, self._catalogue, self._vocabulary_size)
         return TrieConstraint(self._trie, exclude=has_exclusions(prompts) if exclude is None else exclude)

@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     evaluator = Evaluator(
         dataset,
         catalogue,
-        card.builder(catalogue),
+        card.builder(catalogue, hf_dir),
         split=which.split,
         rows=which.rows or len(dataset.samples(which.split)),
         ks=which.ks,

@@ -20,8 +20,10 @@ from torch import Tensor
 from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.records import FloatArray
+from data.text_settings import TextSettings
 from trainer.checkpoints import open_model
 from trainer.jobs import PRESETS
+from trainer.language_model import Language, write_language_model
 
 CATALOGUE: Final = "catalogue"
 """Folder of the catalogue inside an `hf` folder."""
@@ -66,8 +68,10 @@ def prepare_initial_model(
     dtype: torch.dtype,
     target: Path,
     codebooks: Sequence[FloatArray] | None = None,
+    language: tuple[Language, TextSettings] | None = None,
 ) -> Path:
-    """The `hf` folder a job starts from: `target` for a preset (written there), the given folder otherwise.
+    """The `hf` folder a job starts from: `target` for a preset or a pretrained language model (written there), the
+    given folder otherwise.
 
     Args:
         init: a preset, or a model folder, checkpoint or run.
@@ -76,12 +80,16 @@ def prepare_initial_model(
         dtype: of the weights on disk.
         target: where a preset is written.
         codebooks: of the catalogue's codes (`data.code_vectors`): a preset's code embeddings start there.
+        language: what `init` names where it is a language model.
 
     Raises:
         RequestError: neither a preset nor a model folder, or a model with another vocabulary or catalogue.
     """
     if init in PRESETS:
         write_preset(init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks)
+        return target
+    if language is not None and not language[0].extended:
+        write_language_model(*language, seed=seed, dtype=dtype, target=target)
         return target
     folder = open_model(Path(init))
     check_fits(folder, catalogue)
@@ -97,6 +105,7 @@ def own_initial_model(
     target: Path,
     resumed: bool,
     codebooks: Sequence[FloatArray] | None = None,
+    language: tuple[Language, TextSettings] | None = None,
 ) -> Path:
     """The initial model of a run, kept in `target`, which is returned: a continued run finds its own there.
 
@@ -110,7 +119,9 @@ def own_initial_model(
     if resumed and (target / "config.json").is_file():
         check_fits(target, catalogue)
         return target
-    found = prepare_initial_model(init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks)
+    found = prepare_initial_model(
+        init, catalogue, seed=seed, dtype=dtype, target=target, codebooks=codebooks, language=language
+    )
     if found != target:
         if target.exists():
             shutil.rmtree(target)

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from data.errors import RequestError
 from data.settings import Settings
 from data.settings_data import InteractionSettings, PromptSettings, RolloutDataSettings
+from data.text_settings import TextSettings
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
@@ -85,8 +86,11 @@ class PolicyJobSettings(JobSettings):
     """Dataset and prompts."""
     lists: ListSettings = ListSettings()
     """Ranked lists for needs; with no needs (the default) the job recommends single items."""
+    text: TextSettings = TextSettings()
+    """A pretrained language model as the recommender, with items as codes or as titles; off by default."""
     init: str = Field("tiny", min_length=1)
-    """Where the weights come from: a preset (mini, tiny, small: random weights), or an hf, checkpoint or run folder."""
+    """Where the weights come from: a preset (mini, tiny, small: random weights), an hf, checkpoint or run folder, or,
+    with `text.items`, the folder or GGUF file of a pretrained language model."""
     init_embeddings: InitEmbeddings = InitEmbeddings.AUTO
     """Code embeddings of a preset: codes (the quantiser's centres), random, or auto (codes where they are there)."""
     learner: LearnerSettings = LearnerSettings()
@@ -106,6 +110,11 @@ class PolicyJobSettings(JobSettings):
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
+        if self.text.on and self.init in PRESETS:
+            legal = "the folder or GGUF file of a pretrained language model, or a run that began with one"
+            raise RequestError("init", self.init, f"{legal} (text.items is {self.text.items})")
+        if self.text.on and self.lists.on:
+            raise RequestError("text.items", self.text.items, "null with lists: lists are ranked by models of codes")
         if self.init_embeddings is InitEmbeddings.CODES and self.init not in PRESETS:
             raise RequestError("init_embeddings", "codes", f"auto, or init one of {', '.join(PRESETS)}")
         prompt = self.data.max_prompt_tokens
@@ -293,6 +302,17 @@ def check_catalogue(job: SftJob | RlJob, *, n_items: int, depth: int) -> None:
         raise RequestError("learner.row_tokens", job.learner.row_tokens, f"at least {_next_row(longest)} {words}")
     if isinstance(job, RlJob) and not job.lists.on and job.rollout.width > n_items:
         raise RequestError("rollout.width", job.rollout.width, f"2 to {n_items}, the items of the catalogue")
+
+
+def check_row_tokens(job: SftJob, longest: int, what: str) -> None:
+    """Refuse rows of the learner that are too short for a training row.
+
+    Raises:
+        RequestError: names the row that would fit.
+    """
+    if longest > job.learner.row_tokens:
+        legal = f"at least {_next_row(longest)} ({what}), or a lower data.max_prompt_tokens"
+        raise RequestError("learner.row_tokens", job.learner.row_tokens, legal)
 
 
 def check_windows(job: SftJob, *, longest_sequence: int, depth: int) -> None:

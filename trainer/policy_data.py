@@ -12,6 +12,7 @@ from data.constraint import Constraint
 from data.dataset import Dataset
 from data.prompts import PromptBuilder
 from data.records import FloatArray
+from data.text_prompts import TextPromptBuilder
 from data.trie_constraint import TrieConstraint
 from reward.exposure import Exposures
 from rollout.list_decoding import list_constraint
@@ -19,6 +20,7 @@ from trainer.checkpoint_evaluation import exposure_log
 from trainer.checkpoints import Facts
 from trainer.evaluation import Evaluator
 from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob, check_catalogue
+from trainer.language_model import Language
 from trainer.list_data import ListData, list_catalogue
 from trainer.list_evaluation import ListEvaluator
 
@@ -34,6 +36,8 @@ class PolicyData:
     """Ranking prompts; None where the job recommends single items."""
     exposures: Exposures | None = None
     """What exposure bias is measured against."""
+    language: Language | None = None
+    """The pretrained language model; none where the model knows nothing but codes."""
 
     @classmethod
     def open(cls, job: SftJob | RlJob) -> PolicyData:
@@ -43,13 +47,27 @@ class PolicyData:
             RequestError: the dataset, the codes or `evaluation.feedback` are absent or damaged, or do not fit the job.
         """
         dataset = Dataset.open(job.data.dataset)
-        catalogue = list_catalogue(Catalogue.build(dataset, job.data.codes), job.lists)
+        language = Language.open(job.init, job.text, dataset, job.data.codes) if job.text.on else None
+        if language is None:
+            catalogue = list_catalogue(Catalogue.build(dataset, job.data.codes), job.lists)
+        else:
+            catalogue = language.catalogue
         check_catalogue(job, n_items=catalogue.n_items, depth=catalogue.trie().depth)
-        builder = PromptBuilder(catalogue, job.data.history, job.data.exclude_seen, job.data.max_prompt_tokens)
+        shape = (catalogue, job.data.history, job.data.exclude_seen, job.data.max_prompt_tokens)
+        builder = PromptBuilder(*shape)
+        if language is not None:
+            builder = TextPromptBuilder(*shape, settings=job.text, tokenizer=language.tokenizer)
         folder = job.evaluation.feedback
         exposures = None if folder is None else Exposures.of(exposure_log(folder, catalogue.n_items))
         lists = ListData.open(dataset, catalogue, job.lists, job.data) if job.lists.on else None
-        return cls(dataset=dataset, catalogue=catalogue, builder=builder, lists=lists, exposures=exposures)
+        return cls(
+            dataset=dataset,
+            catalogue=catalogue,
+            builder=builder,
+            lists=lists,
+            exposures=exposures,
+            language=language,
+        )
 
     def constraint(self) -> Constraint[Any]:
         """What the legal sets of the job's completions are replayed from."""

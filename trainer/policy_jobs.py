@@ -19,6 +19,7 @@ from data.feed import Feed
 from data.feedback import Anchors
 from data.feedback_reading import FeedbackChecks, read_feedback
 from data.records import NO_ITEM
+from data.text_prompts import TextPromptBuilder
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
@@ -26,7 +27,7 @@ from trainer.anchor import Anchor, Snips
 from trainer.checkpoints import read_manifest
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
-from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_windows
+from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_row_tokens, check_windows
 from trainer.list_jobs import ListRows, ideal_rows, list_scorer, prompt_rows, swap_client
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
@@ -34,7 +35,7 @@ from trainer.policy_run import STATE, PolicyRun, policy_run, write_rows
 from trainer.replay_loop import ReplayLoop
 from trainer.rollout_only import dump_rollouts
 from trainer.run_log import METRICS, read_metrics
-from trainer.sft import RowFeed, SftLoop, WindowFeed
+from trainer.sft import RowFeed, SftLoop, TaskFeed, WindowFeed
 
 RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean")
 LIST_HEADLINE = ("credit/ndcg", "loss", "policy_gap/mean")
@@ -69,8 +70,13 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
         return result | sources_told(logged, rows)
 
 
-def windows(job: SftJob, data: PolicyData, logged: LoggedRows | None) -> WindowFeed:
-    """Windows of whole sequences: of the training split, or of the responses of a log."""
+def windows(job: SftJob, data: PolicyData, logged: LoggedRows | None) -> RowFeed:
+    """Windows of whole sequences: of the training split, or of the responses of a log.
+
+    A language model's prompt is no part of a sequence: it learns each target behind a prompt of its own.
+    """
+    if isinstance(data.builder, TextPromptBuilder):
+        return tasks(job, data, data.builder, logged)
     fingerprint = data.dataset.fingerprint
     if logged is None:
         sequences = data.dataset.sequences("train")
@@ -86,6 +92,39 @@ def windows(job: SftJob, data: PolicyData, logged: LoggedRows | None) -> WindowF
         seed=job.seed,
         fingerprint=fingerprint,
     )
+
+
+def tasks(job: SftJob, data: PolicyData, builder: TextPromptBuilder, logged: LoggedRows | None) -> TaskFeed:
+    """Prompts with answers, of the training split or of the responses of a log.
+
+    Raises:
+        RequestError: no row, or a row that learner.row_tokens has no room for.
+    """
+    samples, fingerprint = data.dataset.samples("train"), data.dataset.fingerprint
+    if logged is not None:
+        samples = logged.samples.take(np.flatnonzero(logged.samples.target_N != NO_ITEM))
+        fingerprint = f"{fingerprint}+{logged.anchors.digest}"
+    if not len(samples):
+        raise RequestError("data.dataset", "no target to train on", "a dataset with longer histories")
+    check_task_rows(job, builder)
+    return TaskFeed(batch_rows=job.batch_rows, seed=job.seed, fingerprint=fingerprint, samples=samples, builder=builder)
+
+
+def check_task_rows(job: SftJob, builder: TextPromptBuilder) -> None:
+    """Refuse rows that may be longer than the learner's, and titles that no answer can be made of.
+
+    Raises:
+        RequestError: names the item of an empty title, or the row length that fits.
+    """
+    catalogue = builder.catalogue
+    answer = catalogue.trie().depth
+    if job.text.tasks.align:
+        titles = builder.tokenizer.encode_all(catalogue.titles)
+        for key, ids in zip(catalogue.item_keys, titles, strict=True):
+            if not ids:
+                raise RequestError(f"title of item {key}", "no token", "titles for text.tasks, or next_item alone")
+        answer = max(answer, *map(len, titles))
+    check_row_tokens(job, job.data.max_prompt_tokens + answer + 1, "prompt, answer and end token")
 
 
 def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:

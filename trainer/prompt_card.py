@@ -13,6 +13,9 @@ from data.errors import RequestError
 from data.prompts import PromptBuilder
 from data.settings import Settings
 from data.settings_data import PromptSettings
+from data.text_prompts import TextPromptBuilder
+from data.text_settings import TextSettings
+from data.text_tokenizer import TextTokenizer
 from trainer.list_settings import ListSettings
 
 FILE: Final = "prompt.json"
@@ -32,15 +35,18 @@ class PromptCard(Settings):
     """Longest prompt."""
     lists: ListSettings = ListSettings()
     """What lists are ranked for; no needs where the model recommends single items."""
+    text: TextSettings = TextSettings()
+    """How a language model's prompts are written; no items where the model knows nothing but codes."""
 
     @classmethod
-    def of(cls, settings: PromptSettings, lists: ListSettings | None = None) -> Self:
-        """The card of a job's `data` and `lists` sections."""
+    def of(cls, settings: PromptSettings, lists: ListSettings | None = None, text: TextSettings | None = None) -> Self:
+        """The card of a job's sections `data`, `lists` and `text`."""
         return cls(
             history=settings.history,
             exclude_seen=settings.exclude_seen,
             max_prompt_tokens=settings.max_prompt_tokens,
             lists=lists or ListSettings(),
+            text=text or TextSettings(),
         )
 
     def write(self, hf_dir: Path) -> None:
@@ -67,6 +73,18 @@ class PromptCard(Settings):
         except ValidationError as error:
             raise RequestError(str(path), f"is damaged ({error.errors()[0]['msg']})", legal) from error
 
-    def builder(self, catalogue: Catalogue) -> PromptBuilder:
-        """Writes prompts as the model was trained on them."""
-        return PromptBuilder(catalogue, self.history, self.exclude_seen, self.max_prompt_tokens)
+    def builder(self, catalogue: Catalogue, hf_dir: Path) -> PromptBuilder:
+        """Writes prompts as the model was trained on them.
+
+        Args:
+            catalogue: of the model.
+            hf_dir: the model's folder, which has a language model's tokenizer.
+
+        Raises:
+            RequestError: a language model without its tokenizer.
+        """
+        shape = (catalogue, self.history, self.exclude_seen, self.max_prompt_tokens)
+        if not self.text.on:
+            return PromptBuilder(*shape)
+        tokenizer = TextTokenizer.open(hf_dir, self.text.pad_token)
+        return TextPromptBuilder(*shape, settings=self.text, tokenizer=tokenizer)

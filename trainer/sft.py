@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.catalogue import Catalogue
-from data.dataset import Sequences
+from data.dataset import Samples, Sequences
 from data.errors import RequestError
 from data.feed import sequence_windows
 from data.records import BoolArray, IntArray
+from data.text_prompts import TextPromptBuilder
+from data.text_tasks import TaskRows
 from trainer.jobs import SftJob
 from trainer.learner_group import LearnerGroup
 from trainer.training_loop import Metrics, TrainingLoop
 
-Rows = list[tuple[IntArray, BoolArray]]
+Rows = Sequence[tuple[IntArray, BoolArray]]
 
 
 @dataclasses.dataclass
@@ -97,6 +100,18 @@ class WindowFeed(RowFeed):
                 "data.dataset", "no sequence of two events to train on", "a dataset with longer histories"
             )
         return windows
+
+
+@dataclasses.dataclass
+class TaskFeed(RowFeed):
+    """Batches of prompts of a language model with their answers."""
+
+    samples: Samples
+    builder: TextPromptBuilder
+
+    def rows_of(self, epoch: int) -> Rows:
+        """See `RowFeed`."""
+        return TaskRows(self.builder, self.samples, seed=self.seed, epoch=epoch)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -241,7 +241,7 @@ class Measurer:
         return Evaluator(
             self._dataset,
             catalogue,
-            PromptCard.read(model).builder(catalogue),
+            PromptCard.read(model).builder(catalogue, model),
             split="train",
             rows=self._settings.rows,
             ks=self._settings.k,
@@ -252,7 +252,7 @@ class Measurer:
         )
 
     def _prompts(self, model: Path, catalogue: Catalogue) -> list[Prompt]:
-        builder = PromptCard.read(model).builder(catalogue)
+        builder = PromptCard.read(model).builder(catalogue, model)
         return builder.build(self._held_out.log.samples(), self._held_out.rows).prompts
 
     def _scores(self, model: Path, catalogue: Catalogue, prompts: list[Prompt]) -> LoggedScores:

@@ -159,7 +159,7 @@ class ArmReplay:
         evaluator = Evaluator(
             world.dataset,
             catalogue,
-            PromptCard.read(current.path).builder(catalogue),
+            PromptCard.read(current.path).builder(catalogue, current.path),
             split="test",
             rows=world.eval_rows,
             ks=world.ks,
@@ -188,7 +188,7 @@ class ArmReplay:
             fleet,
             world.samples,
             chosen,
-            PromptCard.read(current.path).builder(catalogue),
+            PromptCard.read(current.path).builder(catalogue, current.path),
             world.serving,
             name=f"{world.dataset.name}-test",
             policy_version=current.name,

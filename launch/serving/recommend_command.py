@@ -158,7 +158,7 @@ class Recommender:
         self._engine = build_engine(engines, hf_dir)
         self._catalogue = Catalogue.load(hf_dir / CATALOGUE)
         self._index = ItemIndex(self._catalogue)
-        self._builder = PromptCard.read(hf_dir).builder(self._catalogue)
+        self._builder = PromptCard.read(hf_dir).builder(self._catalogue, hf_dir)
         self._exposure = exposure
         self._version = version
         self._items = min(items, self._catalogue.n_items)

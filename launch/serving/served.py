@@ -114,7 +114,7 @@ class ServedVersion:
         version = registry.verify(number)
         catalogue = Catalogue.load(version.path / CATALOGUE)
         check_model(version.path, catalogue.vocabulary.size)
-        builder = PromptCard.read(version.path).builder(catalogue)
+        builder = PromptCard.read(version.path).builder(catalogue, version.path)
         fleet = RolloutFleet.start(rollout, version.path, catalogue)
         served = ServedVersion(number, version.name, catalogue, builder, fleet)
         try:

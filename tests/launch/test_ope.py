@@ -63,7 +63,7 @@ def test_a_model_from_its_own_log_and_from_that_of_another(tmp_path: Path, capsy
         engine,
         samples,
         np.arange(len(samples)),
-        PromptCard.read(models[0]).builder(catalogue),
+        PromptCard.read(models[0]).builder(catalogue, models[0]),
         ServingSettings(horizon=10, temperature=0.8),
         name="test",
         policy_version="first",

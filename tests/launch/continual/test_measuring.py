@@ -54,7 +54,7 @@ class World:
             engine(self.first, self.catalogue),
             samples,
             np.arange(len(samples) - ROWS, len(samples)),
-            PromptCard.read(self.first).builder(self.catalogue),
+            PromptCard.read(self.first).builder(self.catalogue, self.first),
             ServingSettings(horizon=10),
             name="log",
             policy_version="first",
@@ -146,7 +146,7 @@ def test_rows_of_retired_items_weigh_nothing_off_policy(world: World) -> None:
     }
     gone_N = np.isin(item_N, retired)
     assert ROWS > gone_N.sum() > 0
-    prompts = PromptCard.read(candidate).builder(catalogue).build(world.log.samples()).prompts
+    prompts = PromptCard.read(candidate).builder(catalogue, candidate).build(world.log.samples()).prompts
     scores = logged_scores(candidate, catalogue, prompts, item_N, np.ones(ROWS), batch=64)
     assert np.isneginf(scores.logp_N[gone_N]).all()
     weight_N = np.exp(scores.logp_N - world.log.anchors().logp0_N).clip(max=settings.weight_clip)

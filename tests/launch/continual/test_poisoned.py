@@ -56,7 +56,7 @@ def engine(model: Path, catalogue: Catalogue | None = None) -> ReferenceEngine:
 
 
 def builder(model: Path) -> PromptBuilder:
-    return PromptCard.read(model).builder(Catalogue.load(model / CATALOGUE))
+    return PromptCard.read(model).builder(Catalogue.load(model / CATALOGUE), model)
 
 
 def log_probs(model: torch.nn.Module, prompts: Sequence[Any], path_NL: np.ndarray) -> torch.Tensor:

@@ -51,7 +51,7 @@ def test_every_context_gets_what_the_policy_shows(model: Path) -> None:
     answered = made(table)
     assert answered["note"].to_pylist() == table["note"].to_pylist()
     assert answered["unknown_items"].to_pylist() == [0, 0, 0, 1, 0, 0, 0]
-    builder = PromptCard.read(model).builder(Catalogue.load(model / CATALOGUE))
+    builder = PromptCard.read(model).builder(Catalogue.load(model / CATALOGUE), model)
     for row, key in zip(answered.to_pylist(), prompt_keys(table).tolist(), strict=True):
         known = np.array([item for item in row["history"] if item < ITEMS], np.int32)
         if len(set(known)) == ITEMS:

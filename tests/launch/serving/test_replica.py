@@ -135,7 +135,7 @@ def start(
     def served(opened: Registry, number: int, rollout: RolloutSettings) -> ServedVersion:
         version = opened.verify(number)
         catalogue = Catalogue.load(version.path / CATALOGUE)
-        builder = PromptCard.read(version.path).builder(catalogue)
+        builder = PromptCard.read(version.path).builder(catalogue, version.path)
         return ServedVersion(number, version.name, catalogue, builder, LocalFleet(engines[number]))  # type: ignore[arg-type]
 
     monkeypatch.setattr("launch.serving.replica.ServedVersion.start", staticmethod(served))
@@ -207,7 +207,8 @@ def test_the_answer_is_the_draw_of_the_policy(start: Callable[..., Service], wor
         return [(await client.post("/recommend", json={"user": 1, "history": [4]})).json() for _ in range(5)]
 
     registry, engines = world
-    builder = PromptCard.read(registry.version(1).path).builder(Catalogue.load(registry.version(1).path / CATALOGUE))
+    first = registry.version(1).path
+    builder = PromptCard.read(first).builder(Catalogue.load(first / CATALOGUE), first)
     for answer in service.talk(conversation):
         number = int(answer["request_id"].split("-")[2], 16)
         prompt, _ = builder.prompt(np.array([4], np.int32), number)
