@@ -30,6 +30,7 @@ from trainer.dropout import BranchDropout
 from trainer.export import export_hf
 from trainer.learner_state import OptimiserState, load_state, save_state
 from trainer.legal import LegalTable, replay
+from trainer.lora import Adapter, Part, code_rows
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
 from trainer.optimisation import adamw, clips_itself, learning_rate
@@ -89,17 +90,22 @@ class Learner:
         fix_threads(settings, self.place.ranks)
         torch.manual_seed(seed)
         join_ranks(settings, self.place)
-        lm = load_language_model(self.hf_dir, torch.float32)
+        # Frozen weights need no float32 masters.
+        lm = load_language_model(self.hf_dir, self._dtype if settings.lora.on else torch.float32)
         self._lm = lm
         self._twin = Float32Twin(lm)
         self._describe = describe_module(lm, str(self._dtype).removeprefix("torch."))
+        self._weight_names = [name for name, _ in lm.named_parameters()]
+        self._adapter = Adapter(lm, settings.lora, code_rows(self.hf_dir)) if settings.lora.on else None
         self._shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
         if settings.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._seed = seed
         self._dropout = BranchDropout(lm, settings.dropout)
-        self._reference: Policy | None = None
-        if reference_dir is not None:
+        self._reference: Callable[[TreeBatch], Tensor] | None = None
+        if reference_dir is not None and self._adapter is not None and Path(reference_dir) == self.hf_dir:
+            self._reference = self._without_adapter
+        elif reference_dir is not None:
             frozen = load_language_model(Path(reference_dir), self._dtype).to(self._device)
             self._reference = Policy(frozen.eval().requires_grad_(False))
         self._grad_norm = 0.0
@@ -112,12 +118,25 @@ class Learner:
         optimiser = adamw(policy, self.settings)
         optimiser.register_step_pre_hook(self._before_optimiser_step)
         self._engine = start_engine(policy, optimiser, self.settings, self.place.ranks)
+        if self._adapter is not None and self.settings.zero_stage == 3:
+            self._adapter.register_with_zero3()
         self._adamw = optimiser
         low_precision = self.settings.dtype is not Precision.FLOAT32
         self._state = OptimiserState(self._engine, optimiser, self.settings.zero_stage, low_precision)
-        self._names: dict[str, nn.Parameter] = {
-            name.removeprefix("lm."): parameter for name, parameter in self._engine.module.named_parameters()
-        }
+        named = {name.removeprefix("lm."): parameter for name, parameter in self._engine.module.named_parameters()}
+        self._trained: dict[str, nn.Parameter] = {name: p for name, p in named.items() if p.requires_grad}
+        self._parts: dict[str, Part] = (
+            {name: Part(base=parameter) for name, parameter in named.items()}
+            if self._adapter is None
+            else self._adapter.parts(self._weight_names)
+        )
+
+    def _without_adapter(self, batch: TreeBatch) -> Tensor:
+        """The initial model: the reference of a learner that trains an adapter."""
+        assert self._adapter is not None
+        with self._adapter.off():
+            logits_UV: Tensor = self._engine(batch)
+            return logits_UV
 
     def _before_optimiser_step(self, *_: Any) -> None:
         """Gradients are summed over ranks here. Raising leaves weights and moments as they were."""
@@ -305,20 +324,20 @@ class Learner:
     # -- weights
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) in the forward pass's type, tied ones once. A collective.
+        """(Hugging Face name, whole tensor) in the forward pass's type, tied ones once, adapters merged. A collective.
 
-        ZeRO-3 gathers one parameter at a time and the copy is made inside the gather; gathers are never nested.
+        ZeRO-3 gathers one weight at a time and the copy is made inside the gather; gathers are never nested.
         """
-        for name, parameter in self._names.items():
-            yield name, self._whole(parameter)
+        for name, part in self._parts.items():
+            yield name, self._whole(part)
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _whole(self, part: Part) -> Tensor:
         if self.settings.zero_stage < 3:
-            return parameter.detach()
+            return part.whole()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+        with deepspeed.zero.GatheredParameters(part.parameters):
+            return part.whole().clone()
 
     def describe_weights(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """For the weight channel: specs of what travels, and tied names."""
@@ -341,8 +360,8 @@ class Learner:
         """What the weight channel carries, in the order of `describe_weights`."""
         buffers = dict(self._lm.named_buffers())
         for spec in self._describe[0]:
-            parameter = self._names.get(spec.name)
-            yield spec.name, buffers[spec.name] if parameter is None else self._whole(parameter)
+            part = self._parts.get(spec.name)
+            yield spec.name, buffers[spec.name] if part is None else self._whole(part)
 
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """For the weight channel: every rank scores the whole probe, because a forward pass is a collective."""
@@ -367,11 +386,11 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write this rank's part of the state into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_state(folder, self._state, self._names, self.place.rank, self.place.ranks)
+        save_state(folder, self._state, self._trained, self.place.rank, self.place.ranks)
 
     def load(self, folder: Path) -> None:
         """Continue from a state written with any number of ranks and any ZeRO stage."""
-        load_state(folder, self._state, self._names, self._shapes)
+        load_state(folder, self._state, self._trained, self._shapes)
 
     def export_hf(self, folder: Path) -> None:
         """Write the Hugging Face folder; all ranks gather, rank 0 writes."""
@@ -380,6 +399,18 @@ class Learner:
         else:
             for _ in self.whole_parameters():
                 pass
+
+    def export_adapter(self, folder: Path) -> None:
+        """Write the trained adapter in PEFT's layout; all ranks gather, rank 0 writes.
+
+        Raises:
+            ValueError: the learner trains all weights.
+        """
+        if self._adapter is None:
+            raise ValueError("there is no adapter: the learner trains all weights")
+        tensors = {name: self._whole(Part(base=parameter)) for name, parameter in self._trained.items()}
+        if self.place.rank == 0:
+            self._adapter.write(folder, tensors, self.hf_dir)
 
     def close(self) -> None:
         """Free the mover and DeepSpeed's hooks."""

@@ -272,6 +272,10 @@ class LearnerGroup:
         """Write weights, configuration, tokenizer and catalogue as a Hugging Face folder."""
         self._all("export_hf", Path(folder))
 
+    def export_adapter(self, folder: Path) -> None:
+        """Write the trained adapter alone, in PEFT's layout (a learner with `lora`)."""
+        self._all("export_adapter", Path(folder))
+
     def close(self) -> None:
         """End the ranks."""
         if self._local is not None:

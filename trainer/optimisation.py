@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.settings import LearnerSettings, Precision, Schedule
+from trainer.settings import Device, LearnerSettings, Precision, Schedule
 
 
 def learning_rate(settings: LearnerSettings, step: int, total_steps: int) -> float:
@@ -47,6 +47,10 @@ def adamw(module: nn.Module, settings: LearnerSettings) -> torch.optim.AdamW:
     )
 
 
+def _on_cpu(settings: LearnerSettings) -> bool:
+    return settings.device is Device.CPU or not torch.cuda.is_available()
+
+
 def clips_itself(settings: LearnerSettings) -> bool:
     """Whether the learner clips gradients itself: DeepSpeed hides the norm where it wraps no optimiser."""
     return settings.zero_stage == 0 and settings.dtype is Precision.FLOAT32
@@ -75,6 +79,9 @@ def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,
     }
+    if settings.offload_optimiser:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": not _on_cpu(settings)}
+        config["zero_force_ds_cpu_optimizer"] = False
     if settings.zero_stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

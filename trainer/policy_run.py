@@ -44,6 +44,8 @@ STATE = "state"
 """Folder of the learners' state inside a checkpoint."""
 HF = "hf"
 """Folder of the exported model inside a checkpoint."""
+ADAPTER = "adapter"
+"""Folder of the adapter alone, in PEFT's layout, inside the checkpoint of a learner with `lora`."""
 Metrics = dict[str, float]
 
 
@@ -115,7 +117,9 @@ class PolicyRun:
         with self.store.writing(state.step, self.data.facts, metric=metric, score=score) as folder:
             self.learners.save(folder / STATE)
             self.learners.export_hf(folder / HF)
-            PromptCard.of(self.job.data, self.job.lists).write(folder / HF)
+            if self.job.learner.lora.on:
+                self.learners.export_adapter(folder / ADAPTER)
+            PromptCard.of(self.job.data, self.job.lists, self.job.text).write(folder / HF)
             state.save(folder)
             keep(folder)
 
@@ -196,6 +200,7 @@ def policy_run(
         target=run_dir / "initial",
         resumed=newest is not None,
         codebooks=data.codebooks(job),
+        language=None if data.language is None else (data.language, job.text),
     )
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     check_cpus(job, with_fleet=with_fleet)

@@ -33,6 +33,26 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters in place of full training; `rank` turns them on."""
+
+    rank: int = Field(0, ge=0, le=512)
+    """Rank of the two factors of each adapted matrix; 0 trains all weights."""
+    alpha: int = Field(32, ge=1)
+    """The product of the factors is scaled by alpha / rank."""
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """Names of the linear modules that are adapted."""
+    train_new_rows: bool = True
+    """Train the rows of the code tokens in embedding and head too; their other rows stay as they are."""
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained."""
+        return self.rank > 0
+
+
 class LearnerSettings(Settings):
     """The DeepSpeed learner."""
 
@@ -71,6 +91,10 @@ class LearnerSettings(Settings):
     """Dropout behind embeddings, attention and MLP in supervised steps; scores and RL updates never have any."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
+    offload_optimiser: bool = False
+    """Keep float32 masters and moments in the host's memory and step there (ZeRO 1 to 3)."""
+    lora: LoraSettings = LoraSettings()
+    """Low-rank adapters in place of full training; off by default."""
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of a collective between ranks, and of a call to the learner group."""
 
@@ -83,4 +107,6 @@ class LearnerSettings(Settings):
                 f"token_budget: {self.token_budget} is below row_tokens {self.row_tokens}; "
                 f"legal: {self.row_tokens} or more"
             )
+        if self.offload_optimiser and self.zero_stage == 0:
+            raise ValueError("offload_optimiser: true with zero_stage 0; legal: zero_stage 1 to 3")
         return self

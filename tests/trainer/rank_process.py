@@ -44,7 +44,7 @@ def run_task(task: dict[str, Any], place: RankPlace) -> dict[str, Any]:
             statistics = learner.update(completions, make_inputs(completions, seed=seed))
         results["loss"].append(statistics["loss"])
         results["norm"].append(learner.step_metrics()["grad_norm"])
-    for name, parameter in learner._names.items():
+    for name, parameter in learner._trained.items():
         for kind in (MASTER, *MOMENTS):
             results[f"{kind}/{name}"] = learner._state.get(parameter, kind).cpu().numpy()
     for name, value in learner.whole_parameters():

@@ -274,7 +274,7 @@ def test_non_finite_gradient_leaves_weights_alone(model: Path, stage: int, dtype
     group = LearnerGroup(settings, learner, [])
     completions = make_completions()
     before = group.score(completions, 1.0).logp_PGT
-    next(iter(learner._names.values())).register_hook(lambda gradient: gradient * float("inf"))
+    next(iter(learner._trained.values())).register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(RunError, match=r"gradient norm (inf|nan) in optimiser step 1; stopped before the step"):
         group.update(completions, make_inputs(completions))
     np.testing.assert_array_equal(group.score(completions, 1.0).logp_PGT, before)
