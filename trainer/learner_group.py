@@ -133,7 +133,7 @@ class LearnerGroup:
         actor = ray.remote(LearnerActor)
         options: dict[str, Any] = {
             "num_cpus": 1,
-            "num_gpus": 1 if _gpus(settings) else 0,
+            "num_gpus": settings.gpus if _gpus(settings) else 0,
             "max_restarts": 0,
             "runtime_env": {"env_vars": _environment(settings)},
         }
@@ -309,7 +309,7 @@ def check_resources(settings: LearnerSettings) -> None:
     if total.get("CPU", 0) < settings.ranks:
         raise RequestError("learner.ranks", settings.ranks, f"at most {int(total.get('CPU', 0))}, the cluster's CPUs")
     gpus = int(total.get("GPU", 0))
-    if settings.device is Device.CUDA and gpus < settings.ranks:
+    if settings.device is Device.CUDA and gpus < settings.ranks * settings.gpus:
         raise RequestError("learner.device", "cuda", f"auto or cpu: {settings.ranks} ranks and {gpus} GPUs here")
 
 
@@ -318,7 +318,7 @@ def _gpus(settings: LearnerSettings) -> bool:
         return False
     import ray
 
-    return settings.device is Device.CUDA or ray.cluster_resources().get("GPU", 0) >= settings.ranks
+    return settings.device is Device.CUDA or ray.cluster_resources().get("GPU", 0) >= settings.ranks * settings.gpus
 
 
 def _environment(settings: LearnerSettings) -> dict[str, str]:

@@ -64,6 +64,8 @@ class LearnerSettings(Settings):
     """Data type of the forward and backward pass, and of the exported weights."""
     device: Device = Device.AUTO
     """`auto` takes CUDA when the machine has it."""
+    gpus: float = Field(1.0, gt=0, le=1)
+    """GPUs per rank on CUDA; below 1 shares a card with engines (rollout.gpus)."""
     row_tokens: int = Field(512, ge=16, multiple_of=16)
     """Longest row: a prompt with one completion, or a training sequence."""
     token_budget: int = Field(4096, ge=16)
