@@ -21,7 +21,7 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.settings import Settings
 from data.text_settings import ItemForm
-from data.text_tokenizer import PACKAGED, packaged_language_model
+from data.text_tokenizer import PACKAGED
 from launch.setting_names import Key, field_at, is_section, keys, kind, near_misses
 from reward.artefact import DESCRIPTION, RankerArtefact
 from reward.service import check_port, check_service
@@ -29,7 +29,7 @@ from trainer.checkpoints import model_folder
 from trainer.critic_job import check_critic
 from trainer.group_dump import dumped_steps
 from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, PolicyJobSettings, RlJob
-from trainer.language_model import is_pretrained
+from trainer.language_model import is_pretrained, language_path
 from trainer.trackers import check_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -261,9 +261,8 @@ def _absolute(settings: SettingsT) -> SettingsT:
             update[name] = _absolute(value)
         elif isinstance(value, Path):
             update[name] = value.expanduser().resolve()
-    if isinstance(settings, PolicyJobSettings) and settings.init not in PRESETS:
-        packaged = packaged_language_model(settings.init) if settings.init in PACKAGED else Path(settings.init)
-        update["init"] = str(packaged.expanduser().resolve())
+    if isinstance(settings, PolicyJobSettings) and settings.init not in (*PRESETS, *PACKAGED):
+        update["init"] = str(Path(settings.init).expanduser().resolve())
     return settings.model_copy(update=update)
 
 
@@ -287,7 +286,7 @@ def check_paths(job: Job) -> None:
         raise RequestError("data.codes", job.data.codes, legal)
     if isinstance(job, CriticJob):
         return
-    if job.init not in PRESETS and not (job.text.on and is_pretrained(Path(job.init))):
+    if job.init not in PRESETS and not (job.text.on and is_pretrained(language_path(job.init))):
         try:
             model_folder(Path(job.init))
         except RequestError as error:

@@ -6,12 +6,12 @@ The numbers are those of the published configurations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from data.errors import RequestError
 from data.text_tokenizer import GGUF
 from trainer.initial_model import SHAPES as PRESET_SHAPES
+from trainer.language_model import language_path
 
 _QWEN: Final = {"vocab_size": 151_936, "max_position_embeddings": 32_768}
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -64,7 +64,7 @@ def model_config(init: str, codes: int) -> Any:
 
     from trainer.checkpoints import open_model
 
-    path = Path(init)
+    path = language_path(init)
     if init in PRESET_SHAPES:
         return Qwen3Config(vocab_size=4 + codes, tie_word_embeddings=True, **PRESET_SHAPES[init])
     if path.name in SHAPES and not (path / "config.json").is_file():

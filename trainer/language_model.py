@@ -24,7 +24,7 @@ from data.errors import RequestError
 from data.parquet import first_line
 from data.text_items import code_catalogue, title_catalogue
 from data.text_settings import CodeInit, ItemForm, TextSettings
-from data.text_tokenizer import GGUF, TextTokenizer, gguf_arguments, model_rows
+from data.text_tokenizer import GGUF, PACKAGED, TextTokenizer, gguf_arguments, model_rows, packaged_language_model
 from trainer.checkpoints import open_model
 
 _CATALOGUE = "catalogue"
@@ -48,7 +48,7 @@ class Language:
         Raises:
             RequestError: no language model there, a tokenizer that cannot be used, or items that cannot be written.
         """
-        path = Path(init)
+        path = language_path(init)
         extended = not is_pretrained(path)
         source = open_model(path) if extended else path
         tokenizer = TextTokenizer.open(source, settings.pad_token)
@@ -64,6 +64,15 @@ class Language:
             catalogue = code_catalogue(Catalogue.build(dataset, codes), text)
         tokenizer.extend(catalogue.vocabulary)
         return cls(source=source, extended=extended, tokenizer=tokenizer, catalogue=catalogue)
+
+
+def language_path(init: str) -> Path:
+    """What `init` names: a path, or the file of a packaged model.
+
+    Raises:
+        RequestError: the package is not installed.
+    """
+    return packaged_language_model(init) if init in PACKAGED else Path(init)
 
 
 def is_pretrained(path: Path) -> bool:
