@@ -138,7 +138,8 @@ def learner_plan(
     kept = tokens * per_layer * layers
     if settings.activation_checkpointing:
         kept = tokens * (per_layer + layers * config.get_text_config().hidden_size * width)
-    head = int(tokens * head_share) * config.get_text_config().vocab_size * (2 * width + 8)
+    graded = int(tokens * head_share)
+    head = min(graded, settings.head_positions or graded) * config.get_text_config().vocab_size * (2 * width + 8)
     device = {
         "weights": size.whole * width // (ranks if stage == 3 else 1),
         "gradients": gradients,

@@ -34,7 +34,16 @@ from trainer.lora import Adapter, Part, code_rows
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
 from trainer.optimisation import adamw, clips_itself, learning_rate
-from trainer.policy import Float32Twin, Policy, full_log_probabilities, load_language_model, token_scores
+from trainer.policy import (
+    Float32Twin,
+    Policy,
+    TokenScores,
+    full_log_probabilities,
+    load_language_model,
+    log_probabilities_in_stretches,
+    token_scores,
+    token_scores_in_stretches,
+)
 from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
 from trainer.settings import LearnerSettings, Precision
 from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, lay_out, sequence_pieces
@@ -253,9 +262,7 @@ class Learner:
             if (weighted.reshape(-1)[batch.slot_K.numpy()] & ~table.legal_PGT.reshape(-1)[batch.slot_K.numpy()]).any():
                 raise ValueError("a completion with a policy weight is not legal under the constraint")
             moved = batch.to(self._device)
-            logits_UV = self._engine(moved)
-            scores = token_scores(
-                logits_UV,
+            scores, anchor = self._graded_scores(
                 moved,
                 self._legal(table, batch),
                 inputs.temperature,
@@ -265,8 +272,28 @@ class Learner:
                 scores.logp_K, scores.full_logp_K, token_inputs(inputs, moved.slot_K, moved.unit_K), scores.entropy_K
             )
             parts.append(statistics)
-            self._backward(loss, logits_UV)
+            self._backward(loss, anchor)
         return self._finish_step(join_statistics(parts))
+
+    def _graded_scores(
+        self, batch: TreeBatch, legal: Any, temperature: float, *, entropy_gradient: bool
+    ) -> tuple[TokenScores, Tensor]:
+        """Scores for a loss, and a number that hangs on all weights."""
+        positions = self.settings.head_positions
+        if positions:
+            return token_scores_in_stretches(
+                self._engine, batch, legal, temperature, positions=positions, entropy_gradient=entropy_gradient
+            )
+        logits_UV = self._engine(batch)
+        return token_scores(logits_UV, batch, legal, temperature, entropy_gradient=entropy_gradient), logits_UV[0, 0]
+
+    def _graded_logp(self, batch: TreeBatch) -> tuple[Tensor, Tensor]:
+        """Full-vocabulary log-probabilities for a loss, and a number that hangs on all weights."""
+        positions = self.settings.head_positions
+        if positions:
+            return log_probabilities_in_stretches(self._engine, batch, positions=positions)
+        logits_UV = self._engine(batch)
+        return full_log_probabilities(logits_UV, batch), logits_UV[0, 0]
 
     def update_sft(self, rows: SequenceRows) -> dict[str, float]:
         """One optimiser step on token sequences: full-vocabulary NLL, mean over all marked tokens of the batch."""
@@ -277,10 +304,10 @@ class Learner:
         with self._dropout.applied(self._seed, self.step, self.place.rank, devices):
             for batch in self._deal(pieces):
                 moved = batch.to(self._device)
-                logits_UV = self._engine(moved)
-                nll = -full_log_probabilities(logits_UV, moved).sum()
+                logp_K, anchor = self._graded_logp(moved)
+                nll = -logp_K.sum()
                 parts.append({"loss": float(nll.detach().double()) / count, "tokens": float(len(batch.target_K))})
-                self._backward(nll / count, logits_UV)
+                self._backward(nll / count, anchor)
         return self._finish_step(join_statistics(parts))
 
     @torch.no_grad()
@@ -293,9 +320,9 @@ class Learner:
             parts.append({"nll": float(nll), "tokens": float(len(batch.target_K))})
         return join_statistics(parts)
 
-    def _backward(self, loss: Tensor, logits_UV: Tensor) -> None:
+    def _backward(self, loss: Tensor, anchor: Tensor) -> None:
         # DeepSpeed divides by the ranks. The zero keeps fillers, and batches without weights, in the graph.
-        self._engine.backward(loss * self.place.ranks + logits_UV[0, 0].float() * 0.0)
+        self._engine.backward(loss * self.place.ranks + anchor.float() * 0.0)
         fault_point("backward")
 
     def _finish_step(self, statistics: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,9 @@ Suffixes: `_U` head positions, `_V` vocabulary, `_K` target tokens, `_C` padded 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.constraint import LegalSets, legal_log_softmax
@@ -37,11 +40,11 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TreeBatch) -> Tensor:
-        """Logits `[U, V]` in the data type of the model."""
-        hidden_1NH = self.lm.base_model(**_inputs(batch)).last_hidden_state
-        logits_UV: Tensor = self.lm.get_output_embeddings()(hidden_1NH[0, batch.head_U])
-        return logits_UV
+    def forward(self, batch: TreeBatch, reduction: HeadReduction | None = None) -> Any:
+        """Logits `[U, V]` in the data type of the model, or what `reduction` makes of them in stretches."""
+        hidden_UH = self.lm.base_model(**_inputs(batch)).last_hidden_state[0, batch.head_U]
+        head = self.lm.get_output_embeddings()
+        return head(hidden_UH) if reduction is None else reduction(head, hidden_UH, batch)
 
 
 def _inputs(batch: TreeBatch) -> dict[str, Any]:
@@ -51,6 +54,61 @@ def _inputs(batch: TreeBatch) -> dict[str, Any]:
         "use_cache": False,
         "tree_layout": batch.blocks,
     }
+
+
+class HeadReduction:
+    """Scores of the targets without the logits of all head positions at once.
+
+    Logits are computed for `positions` head positions at a time, reduced to a few numbers per target, and computed
+    again in the backward pass: the memory of the vocabulary's size is that of one stretch.
+    """
+
+    def __init__(self, positions: int, score: Callable[[Tensor, TreeBatch, Stretch], tuple[Tensor, ...]]) -> None:
+        """
+        Args:
+            positions: head positions of a stretch, at least 1.
+            score: from the logits of a stretch and the batch with the stretch's targets, tensors `[K of the stretch]`.
+        """
+        self._positions = positions
+        self._score = score
+
+    def __call__(self, head: nn.Module, hidden_UH: Tensor, batch: TreeBatch) -> tuple[Tensor, ...]:
+        """The scores `[K]` in the order of the batch's targets, and a number that hangs on everything (for fillers)."""
+        parts: list[tuple[Tensor, ...]] = []
+        order: list[Tensor] = []
+        for start in range(0, len(hidden_UH), self._positions):
+            stretch = Stretch.of(batch, start, min(start + self._positions, len(hidden_UH)))
+            if not len(stretch.target_M) and parts:
+                continue
+            some_UH = hidden_UH[stretch.heads]
+            parts.append(checkpoint(self._reduced, head, some_UH, batch, stretch, use_reentrant=False))
+            order.append(stretch.target_M)
+        back_K = torch.cat(order).argsort()
+        anchor = head(hidden_UH[:1])[0, 0].float()
+        return (*(torch.cat(values)[back_K] for values in zip(*parts, strict=True)), anchor)
+
+    def _reduced(self, head: nn.Module, hidden_UH: Tensor, batch: TreeBatch, stretch: Stretch) -> tuple[Tensor, ...]:
+        some = dataclasses.replace(
+            batch,
+            source_K=batch.source_K[stretch.target_M] - stretch.heads.start,
+            target_K=batch.target_K[stretch.target_M],
+        )
+        return self._score(head(hidden_UH), some, stretch)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring head positions and the targets that they predict."""
+
+    heads: slice
+    target_M: Tensor
+    """Places of the targets in the batch."""
+
+    @staticmethod
+    def of(batch: TreeBatch, start: int, stop: int) -> Stretch:
+        """The head positions from `start` to before `stop`."""
+        inside_K = (batch.source_K >= start) & (batch.source_K < stop)
+        return Stretch(slice(start, stop), inside_K.nonzero()[:, 0])
 
 
 class Float32Twin:
@@ -138,6 +196,39 @@ def token_scores(
         choices_K=choices_U[batch.source_K],
         legal_K=legal_K,
     )
+
+
+def token_scores_in_stretches(
+    policy: Callable[..., Any],
+    batch: TreeBatch,
+    legal: tuple[LegalSets, Tensor, Tensor],
+    temperature: float,
+    *,
+    positions: int,
+    entropy_gradient: bool = False,
+) -> tuple[TokenScores, Tensor]:
+    """`token_scores` of a policy, with logits of `positions` head positions at a time, and the number for fillers."""
+    sets, place_K, legal_K = legal
+
+    def score(logits_UV: Tensor, some: TreeBatch, stretch: Stretch) -> tuple[Tensor, ...]:
+        mine = LegalSets(sets.token_NC[stretch.heads], sets.legal_NC[stretch.heads])
+        here = mine, place_K[stretch.target_M], legal_K[stretch.target_M]
+        return tuple(token_scores(logits_UV, some, here, temperature, entropy_gradient=entropy_gradient))
+
+    *scores, anchor = policy(batch, HeadReduction(positions, score))
+    return TokenScores(*scores), anchor
+
+
+def log_probabilities_in_stretches(
+    policy: Callable[..., Any], batch: TreeBatch, *, positions: int
+) -> tuple[Tensor, Tensor]:
+    """`full_log_probabilities` of a policy in the same way."""
+
+    def score(logits_UV: Tensor, some: TreeBatch, stretch: Stretch) -> tuple[Tensor, ...]:
+        return (full_log_probabilities(logits_UV, some),)
+
+    logp_K, anchor = policy(batch, HeadReduction(positions, score))
+    return logp_K, anchor
 
 
 def load_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -91,6 +91,9 @@ class LearnerSettings(Settings):
     """CPU threads per rank; 0 shares the machine's cores among the ranks."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout behind embeddings, attention and MLP in supervised steps; scores and RL updates never have any."""
+    head_positions: int = Field(0, ge=0)
+    """Tokens whose logits exist at once in an update; they are computed again in the backward pass. For vocabularies
+    of pretrained models; 0 keeps the logits of a whole micro-batch."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     offload_optimiser: bool = False

@@ -151,6 +151,25 @@ def test_one_rank_does_not_depend_on_stage_or_packing(
     assert gradient_gap(found, reference[dtype]) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("positions", [1, 7, 1000])
+def test_logits_in_stretches_change_nothing(
+    model: Path, reference: dict[str, dict[str, Any]], stage: int, positions: int
+) -> None:
+    whole = reference["float32"]
+    found = run_alone(task(model, zero_stage=stage, dtype="float32", head_positions=positions, **WIDE))
+    assert found["loss"][0] == pytest.approx(whole["loss"][0], rel=1e-6)
+    assert gradient_gap(found, whole) < 2e-6
+
+
+def test_logits_in_stretches_change_no_supervised_step(model: Path) -> None:
+    item = task(model, zero_stage=0, dtype="float32") | {"steps": ["sft"]}
+    whole = run_alone(item)
+    found = run_alone(item | {"settings": item["settings"] | {"head_positions": 5}})
+    assert found["loss"][0] == pytest.approx(whole["loss"][0], rel=1e-6)
+    assert gradient_gap(found, whole) < 2e-6
+
+
 def test_a_filler_on_one_of_two_ranks_is_among_the_cases() -> None:
     from trainer.micro_batches import micro_batches
     from trainer.trees import completion_pieces
