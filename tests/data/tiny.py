@@ -20,11 +20,15 @@ def import_events(
     items: pa.Table | None = None,
     *,
     ratios: tuple[float, float, float] = (8.0, 1.0, 1.0),
+    ratings: list[float | None] | None = None,
 ) -> Dataset:
-    """Import (user, item key, time) rows with a chronological split."""
+    """Import (user, item key, time) rows, with ratings where they are given, and a chronological split."""
     folder.mkdir(parents=True, exist_ok=True)
     user, item, time = zip(*events, strict=True)
-    pq.write_table(pa.table({"user_id": user, "item_id": item, "timestamp": time}), folder / "events.parquet")
+    columns = {"user_id": user, "item_id": item, "timestamp": time}
+    if ratings is not None:
+        columns["rating"] = pa.array(ratings, pa.float32())
+    pq.write_table(pa.table(columns), folder / "events.parquet")
     if items is not None:
         pq.write_table(items, folder / "items.parquet")
     source = table(
