@@ -24,9 +24,11 @@ class SessionSettings(InteractionSettings):
     """Sessions as transitions, split within each user."""
 
     history: int = Field(10, ge=1, le=10_000)
-    """Latest items that a state shows."""
+    """Items of the history a prompt (or a ranker) sees, the latest ones."""
     users: int | None = Field(160, ge=1)
-    """Users that are drawn by the seed; none takes all that qualify."""
+    """Users that are drawn; none takes all that qualify."""
+    user_seed: int = Field(1, ge=0)
+    """Seed of that draw, apart from the job's, so that runs of several seeds have the same users."""
     min_ratings: int = Field(50, ge=2)
     """Events that a user must have to qualify."""
     reward: RewardKind = RewardKind.RATING

@@ -74,7 +74,7 @@ class SessionRows:
 class Sessions:
     """The sessions of a dataset that a job learns from and is evaluated on."""
 
-    def __init__(self, dataset: Dataset, settings: SessionSettings, *, seed: int) -> None:
+    def __init__(self, dataset: Dataset, settings: SessionSettings) -> None:
         """Draw the users.
 
         Raises:
@@ -96,7 +96,7 @@ class Sessions:
             found += f" ({int(short.sum())} have a single one)" if short.any() else ""
             legal = "a lower min_ratings" if not len(qualified) else f"at most {len(qualified)}, or a lower min_ratings"
             raise RequestError("data.users", found if not len(qualified) else f"{wanted}, but {found}", legal)
-        random = np.random.default_rng([seed, _USER_STREAM])
+        random = np.random.default_rng([settings.user_seed, _USER_STREAM])
         chosen = np.sort(random.choice(qualified, size=wanted, replace=False))
         self.begin_U, self.end_U = begin[chosen].astype(np.int64), end[chosen].astype(np.int64)
         self.user_U: IntArray = user_E[self.begin_U]
@@ -199,6 +199,14 @@ class Sessions:
             event_N=event,
             trained_N=np.repeat(self.trained_U, sizes),
         )
+
+    def start_of(self, event_N: LongArray) -> LongArray:
+        """First event of the user of each event."""
+        return self._start_E[event_N]
+
+    @cached_property
+    def _start_E(self) -> LongArray:
+        return user_starts(self.dataset.events.user_E)
 
     def train_counts(self) -> LongArray:
         """[I] training events of each item, of all drawn users: a skew changes what is learned, not the tail."""

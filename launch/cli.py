@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         target="launch.train_arguments:train_command",
-        summary="run a recipe (sft, rl, ranker, critic); resumes by itself from the run directory",
+        summary="run a recipe (sft, rl, ranker, critic, laac); resumes by itself from the run directory",
         own_arguments=True,
     ),
     "eval": Command(

@@ -28,7 +28,8 @@ from reward.service import check_port, check_service
 from trainer.checkpoints import model_folder
 from trainer.critic_job import check_critic
 from trainer.group_dump import dumped_steps
-from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, PolicyJobSettings, RlJob
+from trainer.jobs import JOBS, PRESETS, BaseJob, CriticJob, Job, LaacJob, PolicyJobSettings, RlJob
+from trainer.laac_settings import ReferenceKind
 from trainer.language_model import is_pretrained, language_path
 from trainer.trackers import check_trackers
 
@@ -276,6 +277,8 @@ def check_paths(job: Job) -> None:
     if not (dataset / "dataset.json").is_file():
         raise RequestError("data.dataset", dataset, "a folder written by `windlass data import` (with dataset.json)")
     check_trackers(job.tracking)
+    if isinstance(job, LaacJob):
+        check_reference(job)
     if not isinstance(job, PolicyJobSettings | CriticJob):
         return
     codes = dataset / "codes" / f"{job.data.codes}.parquet"
@@ -295,6 +298,22 @@ def check_paths(job: Job) -> None:
             raise RequestError("init", job.init, f"{', '.join(PRESETS)}, or {error.legal}") from error
     if isinstance(job, RlJob):
         check_rl_paths(job)
+
+
+def check_reference(job: LaacJob) -> None:
+    """Refuse a reference that cannot answer.
+
+    Raises:
+        RequestError: no model where one is named, or neither a model nor a written cache.
+    """
+    reference = job.laac.reference
+    if reference.kind is not ReferenceKind.LLM:
+        return
+    if reference.model is not None:
+        model_folder(reference.model)
+    elif reference.cache is None or not reference.cache.is_file():
+        legal = "a run, checkpoint or hf folder, laac.reference.cache of a written cache, or laac.reference.kind random"
+        raise RequestError("laac.reference.model", "none", legal)
 
 
 def check_rl_paths(job: RlJob) -> None:

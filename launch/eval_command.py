@@ -13,12 +13,13 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.schema import SPLIT_NAMES, read_card
 from data.settings import Settings
-from launch import list_eval
+from launch import laac_eval, list_eval
 from launch.cluster import cluster
 from launch.compare import compare, rows_file
 from launch.compare import table as comparison
 from launch.list_eval import RankingSettings, check_ranking, check_save, load_rankers, read_base, save_rows
 from launch.published import published_rows, table
+from reward.artefact import RankerArtefact
 from reward.names import ExposureMetric, PairwiseMetric, RankingMetric
 from rollout.settings import RolloutSettings
 from trainer.checkpoint_evaluation import EvaluationRows, answer, evaluate_checkpoint
@@ -78,8 +79,11 @@ class EvalCommand(Settings):
 def eval_command(
     arguments: Annotated[EvalCommand, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint by constrained beams through the fleet."""
+    """Evaluate a checkpoint by constrained beams through the fleet, or a LAAC policy along its sessions."""
     dataset = Dataset.open(arguments.data)
+    policy = laac_eval.laac_artefact(arguments.checkpoint)
+    if policy is not None:
+        return evaluate_laac_command(arguments, policy, dataset)
     if arguments.lists:
         return evaluate_lists_command(arguments, dataset)
     if arguments.save is not None:
@@ -119,6 +123,32 @@ def eval_command(
         print(comparison(compared, str(arguments.base), "ours"))
     show(result, which.ks)
     return result
+
+
+def evaluate_laac_command(arguments: EvalCommand, policy: RankerArtefact, dataset: Dataset) -> dict[str, Any]:
+    """The body of `windlass eval` for the policy of a `laac` job.
+
+    Raises:
+        RequestError: an argument that such a policy does not have, or another dataset.
+    """
+    given = {
+        "feedback": arguments.feedback,
+        "published": arguments.published,
+        "base": arguments.base,
+        "save": arguments.save,
+        "history": arguments.history,
+        "exclude-seen": arguments.exclude_seen,
+        "lists": arguments.lists or None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise RequestError(
+                f"--{name}", value, "none for the policy of a laac job: its sessions are as it was trained"
+            )
+    ks = tuple(sorted(set(arguments.k)))
+    answer = laac_eval.evaluate_laac(policy, dataset, arguments.split, ks, rows=arguments.rows, seed=arguments.seed)
+    laac_eval.show(answer, ks)
+    return answer
 
 
 def evaluate_lists_command(arguments: EvalCommand, dataset: Dataset) -> dict[str, Any]:

@@ -69,6 +69,9 @@ MAY_CHANGE = (
     "reward.max_body_mib",
     "reward.max_failed_share",
     "reward.max_failed_steps",
+    "laac.ranks",
+    "laac.threads",
+    "laac.timeout_s",
     "data.dataset",
 )
 """Keys (and what is below them) that a continued run may have otherwise than it began. Everything else would make the

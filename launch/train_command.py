@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -11,10 +12,10 @@ from data.dataset import Dataset
 from launch.cluster import cluster
 from launch.memory import MemorySampler
 from launch.run_directory import RunDirectory
-from trainer.checkpoints import CheckpointStore
+from trainer.checkpoints import CheckpointStore, latest_checkpoint, read_manifest
 from trainer.failure_policy import Action, Failure, Part, Situation, decide
 from trainer.interruption import Interruption
-from trainer.jobs import CriticJob, Job, PolicyJobSettings, RankerJob, RlJob, SftJob
+from trainer.jobs import CriticJob, Job, LaacJob, PolicyJobSettings, RankerJob, RlJob, SftJob
 from trainer.learner_group import LearnerLost
 from trainer.run_log import RunLog
 
@@ -31,6 +32,8 @@ def train(job: Job, run: RunDirectory) -> dict[str, Any]:
             summary = train_ranker_job(job, run, interruption)
         elif isinstance(job, CriticJob):
             summary = train_critic_job(job, run, interruption)
+        elif isinstance(job, LaacJob):
+            summary = train_laac_job(job, run, interruption)
         else:
             with cluster(job.cluster, folders=[run.path]):
                 summary = train_policy_job(job, run, interruption)
@@ -116,4 +119,29 @@ def train_critic_job(job: CriticJob, run: RunDirectory, interruption: Interrupti
         "wall_seconds": time.monotonic() - begun,
         "digest": outcome.digest,
         **outcome.facts,
+    }
+
+
+def train_laac_job(job: LaacJob, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
+    """Train an actor-critic or a baseline; a cluster is up only where the job starts processes."""
+    from trainer.laac_job import LaacRun, needs_cluster
+
+    begun = time.monotonic()
+    newest = latest_checkpoint(run.path / "checkpoints")
+    resumed = None if newest is None else read_manifest(newest).step
+    up = cluster(job.cluster, folders=[run.path]) if needs_cluster(job, run.path) else contextlib.nullcontext()
+    headline = ("td", "gap", "grounding", job.evaluation.metric)
+    with (
+        up,
+        RunLog(
+            run.path, job.tracking, resumed_step=resumed, total_steps=job.limits.max_steps, headline=headline
+        ) as log,
+    ):
+        outcome = LaacRun(job, run.path, log.write).run(lambda: interruption.requested)
+    return {
+        "job": "laac",
+        "method": job.laac.method.value,
+        "interrupted": outcome["ended_by"] == "interrupted",
+        "wall_seconds": time.monotonic() - begun,
+        **outcome,
     }

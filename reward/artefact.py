@@ -31,7 +31,7 @@ class RankerArtefact:
     """What a ranker artefact holds."""
 
     kind: str
-    """`sasrec`, `cooccurrence`, `popularity`, `critic` or `onnx`."""
+    """`sasrec`, `cooccurrence`, `popularity`, `critic`, `laac` or `onnx`."""
     options: Mapping[str, Any]
     """Plain values that rebuild the ranker around its tensors."""
     tensors: Mapping[str, np.ndarray]

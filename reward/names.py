@@ -70,7 +70,7 @@ class SessionMetric(StrEnum):
 
 
 class Slice(StrEnum):
-    """Rows by the popularity of their target; the prefix of a metric: `tail/recall@10`."""
+    """Rows by the popularity of their target; the prefix of a metric: `tail_recall@10`."""
 
     TAIL = "tail"
     """The target is a tail item (`reward.metrics.tail_items`)."""

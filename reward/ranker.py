@@ -96,6 +96,7 @@ def open_ranker(artefact: RankerArtefact, options: Mapping[str, Option] | None =
     """
     from reward.cooccurrence import CooccurrenceRanker
     from reward.critic import CriticRanker
+    from reward.laac import LaacRanker
     from reward.popularity import PopularityRanker
     from reward.sasrec import SASRecRanker
 
@@ -107,6 +108,7 @@ def open_ranker(artefact: RankerArtefact, options: Mapping[str, Option] | None =
         )
     kinds: dict[str, Callable[[RankerArtefact], Ranker]] = {
         "critic": lambda opened: CriticRanker.from_artefact(opened, need),
+        "laac": LaacRanker.from_artefact,
         "sasrec": SASRecRanker.from_artefact,
         "cooccurrence": CooccurrenceRanker.from_artefact,
         "popularity": PopularityRanker.from_artefact,

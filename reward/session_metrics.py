@@ -92,9 +92,9 @@ def session_report(
         if np.isfinite(diversity_N).any():
             values[at(SessionMetric.DIVERSITY, k)] = float(np.nanmean(diversity_N))
     for part, chosen_N in ((Slice.TAIL, tail_I[target_N]), (Slice.HEAD, ~tail_I[target_N])):
-        values[f"{part.value}/rows"] = float(chosen_N.sum())
+        values[f"{part.value}_rows"] = float(chosen_N.sum())
         if chosen_N.any():
             values |= {
-                f"{part.value}/{at(m, k)}": float(report.rows[at(m, k)][chosen_N].mean()) for m in PER_ROW for k in ks
+                f"{part.value}_{at(m, k)}": float(report.rows[at(m, k)][chosen_N].mean()) for m in PER_ROW for k in ks
             }
     return values

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from data.errors import RequestError
+from data.session_settings import SessionSettings
 from data.settings import Settings
 from data.settings_data import InteractionSettings, PromptSettings, RolloutDataSettings
 from data.text_settings import TextSettings
@@ -23,6 +24,7 @@ from rollout.channel import ChannelSettings
 from rollout.settings import RolloutSettings
 from trainer.critic_settings import CriticSettings
 from trainer.group_settings import GroupSettings
+from trainer.laac_settings import LaacSettings
 from trainer.list_checks import check_list_evaluation, check_list_objective
 from trainer.list_settings import ListSettings
 from trainer.objective_checks import check_objective
@@ -257,8 +259,46 @@ class CriticJob(BaseJob):
         return self
 
 
-Job = Annotated[SftJob | RlJob | RankerJob | CriticJob, Field(discriminator="job")]
-JOBS: dict[str, type[BaseJob]] = {"sft": SftJob, "rl": RlJob, "ranker": RankerJob, "critic": CriticJob}
+class LaacJob(JobSettings):
+    """A light actor-critic on logged sessions, guided by a reference policy, or one of its baselines."""
+
+    job: Literal["laac"] = "laac"
+    """Kind of job."""
+    limits: LimitSettings = LimitSettings(max_steps=10_000)
+    """When the training ends."""
+    data: SessionSettings
+    """Dataset, users, rewards and split."""
+    laac: LaacSettings = LaacSettings()
+    """Method, reference, objective and learner."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The fleet that answers for the reference."""
+    cluster: ClusterSettings = ClusterSettings()
+    """The Ray cluster, where processes are started."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        unused = (
+            ("evaluation.scores.rows", self.evaluation.scores.rows, 0),
+            ("evaluation.feedback", self.evaluation.feedback, None),
+            ("evaluation.unconstrained_rows", self.evaluation.unconstrained_rows, 0),
+            ("evaluation.test_rows", self.evaluation.test_rows, 0),
+            ("limits.max_epochs", self.limits.max_epochs, None),
+        )
+        for name, found, legal in unused:
+            if found != legal:
+                told = "none" if legal is None else legal
+                raise RequestError(name, found, f"{told}: a laac job counts steps and evaluates all test rows itself")
+        return self
+
+
+Job = Annotated[SftJob | RlJob | RankerJob | CriticJob | LaacJob, Field(discriminator="job")]
+JOBS: dict[str, type[BaseJob]] = {
+    "sft": SftJob,
+    "rl": RlJob,
+    "ranker": RankerJob,
+    "critic": CriticJob,
+    "laac": LaacJob,
+}
 
 
 def neighbours(value: int, divisor: int) -> str:

