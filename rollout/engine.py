@@ -15,6 +15,7 @@ from data.errors import RequestError, RunError
 from data.faults import fault_point
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
+from rollout.adapter_check import check_adapter
 from rollout.receiving import PushMessage, Receipt, ReceivingEngine
 from rollout.settings import EngineKind, RolloutSettings
 
@@ -75,6 +76,8 @@ class VllmEngine(ReceivingEngine):
             RequestError: a setting that the model cannot meet.
         """
         longest = longest_sequence(settings, Path(hf_dir))
+        if settings.adapter is not None:
+            check_adapter(settings.adapter, Path(hf_dir))
         os.environ.update(internals.environment(threads=settings.compute_threads))
         # vLLM's CPU worker forbids it afterwards.
         torch.set_num_threads(settings.compute_threads)
@@ -100,7 +103,7 @@ class VllmEngine(ReceivingEngine):
             disable_log_stats=True,
             worker_extension_cls="rollout.worker.RolloutWorker",
             weight_transfer_config={"backend": BACKEND},
-            **({} if settings.adapter is None else internals.lora_arguments(adapter_rank(settings.adapter))),
+            **_adapter_arguments(settings),
         )
         if settings.adapter is not None:
             internals.add_lora(self._llm, settings.adapter)
@@ -144,6 +147,13 @@ class VllmEngine(ReceivingEngine):
     def close(self) -> None:
         """Shut the engine core down."""
         internals.shutdown(self._llm)
+
+
+def _adapter_arguments(settings: RolloutSettings) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the adapter of a folder, or for one that is pushed."""
+    if settings.live_adapter is not None:
+        return internals.lora_arguments(settings.live_adapter.rank)
+    return {} if settings.adapter is None else internals.lora_arguments(adapter_rank(settings.adapter))
 
 
 def engine_class(settings: RolloutSettings) -> type[Any]:

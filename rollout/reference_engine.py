@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.errors import RequestError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
+from rollout.adapter_check import check_adapter
 from rollout.engine import adapter_rank, longest_sequence
 from rollout.group_decoder import GroupDecoder
 from rollout.receiving import ModuleInbox, PushMessage, Receipt, ReceivingEngine
@@ -160,6 +161,8 @@ class ReferenceEngine(ReceivingEngine):
         from transformers import AutoModelForCausalLM
 
         longest = longest_sequence(settings, Path(hf_dir))
+        if settings.adapter is not None:
+            check_adapter(settings.adapter, Path(hf_dir))
         model = AutoModelForCausalLM.from_pretrained(
             hf_dir, dtype=getattr(torch, settings.dtype.value), attn_implementation="sdpa"
         )

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from data.records import Decode
 from data.settings import Settings
+from rollout.live_adapter import LiveAdapter
 
 
 class EngineKind(StrEnum):
@@ -58,6 +59,8 @@ class RolloutSettings(Settings):
     adapter: Path | None = None
     """Folder with a LoRA adapter in PEFT's layout that is applied to the model. For engines that generate only: the
     learners push whole matrices."""
+    live_adapter: LiveAdapter | None = None
+    """The adapter that learners push by itself; a job sets it (learner.lora.push)."""
     head: HeadRows = HeadRows.AUTO
     """Rows of the head that are multiplied under the constraint (vllm only): `all`, `level` (the tokens that can follow
     at a depth; the same log-probabilities for less work), or `auto` (`level` for large vocabularies)."""

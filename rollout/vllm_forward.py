@@ -34,6 +34,16 @@ class LayerGroup:
     block_size: int
 
 
+@dataclass
+class AdapterSlot:
+    """The LoRA adapter of an engine."""
+
+    enabled: bool
+    """Whether the engine was started with room for one."""
+    request: Any = None
+    """What names it inside vLLM; none before the first push of one that is pushed."""
+
+
 @dataclass(frozen=True)
 class RunnerView:
     """What the beam loop needs of a model runner."""
@@ -45,16 +55,16 @@ class RunnerView:
     dtype: torch.dtype
     """Of keys and values."""
     device: torch.device
-    adapter: Any = None
-    """vLLM's request of the LoRA adapter to apply."""
+    adapter: AdapterSlot
+    """The LoRA adapter to apply."""
 
     def layer(self, name: str) -> Any:
         """A live attention layer."""
         return self.runner.vllm_config.compilation_config.static_forward_context[name]
 
 
-def view(runner: Any, adapter: Path | None = None) -> RunnerView:
-    """The view of a live model runner, with the LoRA adapter that was loaded into it.
+def view(runner: Any, adapter: Path | None = None, *, live_adapter: bool = False) -> RunnerView:
+    """The view of a live model runner, with the LoRA adapter that was loaded into it or is pushed to it.
 
     Raises:
         RequestError: the model has layers that keep something else than keys and values, or scores that are more than
@@ -69,8 +79,10 @@ def view(runner: Any, adapter: Path | None = None) -> RunnerView:
         # One `[blocks, heads, block size, content]` view per layer, in this order of axes in every layout.
         groups.append(LayerGroup(group, names, layers[group.layer_names[0]].kv_cache.shape[2]))
     cache = layers[groups[0].layers[0]].kv_cache
-    request = None if adapter is None else internals.lora_request(adapter)
-    return RunnerView(runner, groups, shapes, cache.dtype, runner.device, request)
+    slot = AdapterSlot(
+        live_adapter or adapter is not None, None if adapter is None else internals.lora_request(adapter)
+    )
+    return RunnerView(runner, groups, shapes, cache.dtype, runner.device, slot)
 
 
 def _layer_shape(name: str, layer: Any) -> LayerShape:
@@ -252,8 +264,8 @@ def _forward(
     from vllm.forward_context import get_forward_context, set_forward_context
 
     device, config = view.device, view.runner.vllm_config
-    if view.adapter is not None:
-        internals.apply_lora(view.runner, view.adapter, tokens=len(token_X), logits=logits)
+    if view.adapter.enabled:
+        internals.apply_lora(view.runner, view.adapter.request, tokens=len(token_X), logits=logits)
     with (
         torch.inference_mode(),
         set_forward_context(metadata, config, num_tokens=len(token_X), slot_mapping=slots),
@@ -286,7 +298,7 @@ def head_has_rows(view: RunnerView) -> bool:
 
     model = view.runner.model
     head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
-    if view.adapter is not None or head is None or processor is None:
+    if view.adapter.enabled or head is None or processor is None:
         return False
     if view.runner.vllm_config.parallel_config.tensor_parallel_size > 1:
         return False

@@ -53,6 +53,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin": ("_set_active_loras",),
     "vllm.v1.engine.llm_engine.LLMEngine": ("add_lora",),
     "vllm.lora.request.LoRARequest": ("lora_int_id",),
+    "vllm.lora.lora_model.LoRAModel": ("from_lora_tensors",),
+    "vllm.lora.peft_helper.PEFTHelper": ("r", "lora_alpha", "target_modules"),
+    "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager": ("remove_all_adapters",),
+    "vllm.lora.model_manager.LRUCacheLoRAModelManager": ("add_adapter",),
     # The rest is for the weight channel (rollout.weight_transfer).
     "vllm.v1.worker.gpu_worker.Worker": ("start_weight_update", "update_weights", "finish_weight_update"),
     "vllm.distributed.weight_transfer.base.WeightTransferEngine": ("receive_weights", "shutdown"),
@@ -153,9 +157,38 @@ def lora_request(adapter: Path) -> Any:
 
 
 def apply_lora(runner: Any, request: Any, *, tokens: int, logits: int) -> None:
-    """Apply the adapter to every token and every row of logits of the next forward pass."""
-    number = request.lora_int_id
-    runner._set_active_loras((number,) * logits, (number,) * tokens, {request})
+    """Apply the adapter (none: no adapter) to every token and every row of logits of the next forward pass."""
+    number = 0 if request is None else request.lora_int_id
+    runner._set_active_loras((number,) * logits, (number,) * tokens, set() if request is None else {request})
+
+
+def replace_lora(runner: Any, tensors: dict[str, torch.Tensor], *, version: int, rank: int, alpha: int) -> Any:
+    """Retire the adapter that is there and add one of the given factors; returns what names it inside vLLM.
+
+    Args:
+        runner: model runner of an engine that was started with room for an adapter.
+        tensors: factors by PEFT's names.
+        version: of the weights; another number for every adapter.
+        rank: of the factors.
+        alpha: of their scale.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
+
+    manager = runner.lora_manager
+    mapper = getattr(runner.model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        _LORA_NUMBER + 1 + version,
+        tensors,
+        PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+        device=str(runner.device),
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    manager.remove_all_adapters()
+    manager._adapter_manager.add_adapter(adapter)
+    return LoRARequest("windlass", adapter.id, "pushed")
 
 
 def shutdown(llm: Any) -> None:

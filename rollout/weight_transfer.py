@@ -8,7 +8,7 @@ embedding: its layer owns no tensor of its own, so it keeps the old copy without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rollout import vllm_internals as internals
 from rollout.buckets import BucketError
+from rollout.live_adapter import ROWS, LiveAdapter, is_adapter
 from rollout.receiving import Inbox, PushFault, PushMessage, Receipt
 
 BACKEND = "windlass"
@@ -84,6 +85,16 @@ class PushTransferEngine(internals.WeightTransferEngine):  # type: ignore[misc]
         if self._message.fault is not PushFault.WITHHOLD_HEAD:
             repack_shared(self.model)
 
+    def receive_adapter(self, message: PushMessage, rank: int) -> dict[str, Tensor]:
+        """Receive and verify an adapter; nothing of the model is touched."""
+        tensors: dict[str, Tensor] = {}
+        self.receipt = self._inbox.receive(message, rank=rank, device=str(self.device), load=tensors.update)
+        return tensors
+
+    def abandon_adapter(self, error: BaseException) -> None:
+        """Tell the sender."""
+        self._inbox.fail(f"{type(error).__name__}: {error}")
+
     def abandon(self, error: BaseException) -> None:
         """Tell the sender, and give the layers their tensors back; some are of the old version, some of the new.
 
@@ -140,6 +151,8 @@ class WeightReceiver:
             MoverError: the sender failed or fell silent.
         """
         worker: Any = self
+        if is_adapter(spec.name for spec in message.layout.specs):
+            return self._receive_adapter(message, first_rank + worker.rank)
         try:
             worker.start_weight_update()
             worker.update_weights({"message": message, "rank": first_rank + worker.rank})
@@ -151,6 +164,44 @@ class WeightReceiver:
         if receipt is None:
             raise BucketError(f"the push of version {message.version} left no receipt")
         return receipt
+
+    def _receive_adapter(self, message: PushMessage, rank: int) -> Receipt:
+        """The factors as an adapter of the message's version, the rows into the model; the last adapter is retired."""
+        worker: Any = self
+        engine, shape = self.weight_transfer_engine, worker.windlass_live_adapter
+        if shape is None:
+            raise BucketError(f"version {message.version} is an adapter, and the engine was started without one")
+        try:
+            tensors = engine.receive_adapter(message, rank)
+            replace_rows(worker.model_runner.model, tensors, shape)
+            factors = {name: value for name, value in tensors.items() if not name.startswith(ROWS)}
+            worker.windlass_adapter_slot.request = internals.replace_lora(
+                worker.model_runner, factors, version=message.version, rank=shape.rank, alpha=shape.alpha
+            )
+        except BaseException as error:
+            engine.abandon_adapter(error)
+            raise
+        if engine.receipt is None:
+            raise BucketError(f"the push of version {message.version} left no receipt")
+        return engine.receipt
+
+
+@torch.no_grad()
+def replace_rows(model: torch.nn.Module, tensors: Mapping[str, Tensor], shape: LiveAdapter) -> None:
+    """Write the rows of an adapter into the embedding, and into a head of its own; a tied head follows.
+
+    Raises:
+        BucketError: a matrix is not there, or was repacked (an untied head on CPU), or the rows are others.
+    """
+    rows = {name.removeprefix(ROWS).removesuffix(".weight"): v for name, v in tensors.items() if name.startswith(ROWS)}
+    for name, rows_NH in rows.items():
+        module: Any = dict(model.named_modules()).get(name)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if weight is None or not weight.numel() or len(rows_NH) != shape.rows:
+            raise BucketError(f"rows of {name}: {len(rows_NH)} for a matrix that is absent or packed")
+        weight.data[shape.first_row : shape.first_row + shape.rows] = rows_NH.to(weight.dtype)
+    if rows:
+        repack_shared(model)
 
 
 def take_push(llm: Any, message: PushMessage, rank: int) -> Receipt:

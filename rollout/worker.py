@@ -44,7 +44,7 @@ class BranchBackend:
         self._caches: list[Tensor] = []
         self._room = (0, 0)
         # vLLM has room for the adapters of as many tokens as it may compute at once.
-        most_rows = _ALL if view.adapter is None else settings.tokens_per_forward
+        most_rows = settings.tokens_per_forward if view.adapter.enabled else _ALL
         self.limits = WaveLimits(
             tokens=int(settings.kv_cache_gib * 2**30) // self._store.bytes_per_token,
             rows=min(LOGITS_BYTES // (4 * vocabulary_size), most_rows),
@@ -143,11 +143,13 @@ class RolloutWorker(WeightReceiver):
     def windlass_open(self, hf_dir: str, settings: RolloutSettings) -> None:
         """Load the catalogue and look at the model runner; called once, after the engine is up."""
         worker: Any = self
-        view = vllm_forward.view(worker.model_runner, settings.adapter)
+        view = vllm_forward.view(worker.model_runner, settings.adapter, live_adapter=settings.live_adapter is not None)
         if view.device.type == "cpu":
             vllm_forward.use_fused_norms()
         config = worker.model_runner.vllm_config.model_config
         self.windlass_view = view
+        self.windlass_live_adapter = settings.live_adapter
+        self.windlass_adapter_slot = view.adapter
         self.windlass_backend = BranchBackend(view, settings, vocabulary_size=config.get_vocab_size())
         self.windlass_decoder = GroupDecoder.load(
             Path(hf_dir),

@@ -21,7 +21,7 @@ from data.settings_data import InteractionSettings, PromptSettings, RolloutDataS
 from data.text_settings import TextSettings
 from reward.settings import RewardSettings
 from rollout.channel import ChannelSettings
-from rollout.settings import RolloutSettings
+from rollout.settings import EngineKind, RolloutSettings
 from trainer.critic_settings import CriticSettings
 from trainer.group_settings import GroupSettings
 from trainer.laac_settings import LaacSettings
@@ -119,6 +119,8 @@ class PolicyJobSettings(JobSettings):
             raise RequestError("text.items", self.text.items, "null with lists: lists are ranked by models of codes")
         if self.init_embeddings is InitEmbeddings.CODES and self.init not in PRESETS:
             raise RequestError("init_embeddings", "codes", f"auto, or init one of {', '.join(PRESETS)}")
+        if self.learner.lora.alone:
+            self._check_adapter_push()
         prompt = self.data.max_prompt_tokens
         if self.learner.row_tokens <= prompt:
             raise RequestError(
@@ -133,6 +135,15 @@ class PolicyJobSettings(JobSettings):
         if self.lists.on:
             check_list_evaluation(self.lists, self.evaluation, logged=self.feedback is not None)
         return self
+
+    def _check_adapter_push(self) -> None:
+        for where, found, legal in (
+            ("rollout.engine", self.rollout.engine, EngineKind.VLLM),
+            ("rollout.tensor_parallel", self.rollout.tensor_parallel, 1),
+            ("rollout.adapter", self.rollout.adapter, None),
+        ):
+            if found != legal:
+                raise RequestError(where, found, f"{legal}, or learner.lora.push: merged")
 
 
 class SftJob(PolicyJobSettings):

@@ -30,7 +30,7 @@ from trainer.dropout import BranchDropout
 from trainer.export import export_hf
 from trainer.learner_state import OptimiserState, load_state, save_state
 from trainer.legal import LegalTable, replay
-from trainer.lora import Adapter, Part, code_rows
+from trainer.lora import Adapter, Part, code_rows, wire_name
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
 from trainer.optimisation import adamw, clips_itself, learning_rate
@@ -368,7 +368,11 @@ class Learner:
 
     def describe_weights(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """For the weight channel: specs of what travels, and tied names."""
-        return self._describe
+        if not self.settings.lora.alone:
+            return self._describe
+        dtype = str(self._dtype).removeprefix("torch.")
+        names = self._trained
+        return [TensorSpec(name=wire_name(name), dtype=dtype, shape=self._shapes[name]) for name in names], {}
 
     def open_push(self, request: MoverRequest) -> Endpoint | None:
         """For the weight channel; rank 0 answers."""
@@ -385,6 +389,10 @@ class Learner:
 
     def _travelling(self) -> Iterator[tuple[str, Tensor]]:
         """What the weight channel carries, in the order of `describe_weights`."""
+        if self.settings.lora.alone:
+            for name, parameter in self._trained.items():
+                yield wire_name(name), self._whole(Part(base=parameter)).to(self._dtype)
+            return
         buffers = dict(self._lm.named_buffers())
         for spec in self._describe[0]:
             part = self._parts.get(spec.name)

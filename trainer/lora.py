@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from data.catalogue import CARD, Catalogue
 from data.errors import RequestError
+from rollout.live_adapter import FACTORS, ROWS, LiveAdapter
 from trainer.settings import LoraSettings
 
 NAME: Final = "default"
@@ -136,9 +137,8 @@ class Adapter:
             base: the folder of the model that the adapter belongs to.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        prefix = "base_model.model."
         state = {
-            prefix + name.replace(f".{NAME}", ""): value.detach().cpu().contiguous() for name, value in tensors.items()
+            FACTORS + name.replace(f".{NAME}", ""): value.detach().cpu().contiguous() for name, value in tensors.items()
         }
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = self._peft.peft_config[NAME]
@@ -153,6 +153,18 @@ def _row_config(lm: PreTrainedModel, rows: list[int]) -> dict[str, list[int]]:
     names = {id(module): name.rpartition(".")[2] for name, module in lm.named_modules()}
     wanted = [embedding] if head.weight is embedding.weight else [embedding, head]
     return {names[id(module)]: rows for module in wanted}
+
+
+def wire_name(name: str) -> str:
+    """The name by which a trained parameter travels to engines that apply the adapter themselves."""
+    matrix, found, _ = name.partition(".token_adapter.trainable_tokens_delta.")
+    return f"{ROWS}{matrix}.weight" if found else FACTORS + name.replace(f".{NAME}", "")
+
+
+def live_adapter(settings: LoraSettings, hf_dir: Path) -> LiveAdapter:
+    """What an engine must know of the adapter of a model's folder before the first push."""
+    rows = code_rows(hf_dir) if settings.train_new_rows else range(0)
+    return LiveAdapter(rank=settings.rank, alpha=settings.alpha, first_row=rows.start, rows=len(rows))
 
 
 def code_rows(hf_dir: Path) -> range:

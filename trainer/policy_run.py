@@ -31,6 +31,7 @@ from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup, LearnerLost
 from trainer.list_evaluation import ListEvaluation, ListEvaluator
+from trainer.lora import live_adapter
 from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import write_row_metrics
@@ -202,6 +203,9 @@ def policy_run(
         codebooks=data.codebooks(job),
         language=None if data.language is None else (data.language, job.text),
     )
+    if job.learner.lora.alone:
+        shape = live_adapter(job.learner.lora, hf_dir)
+        job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"live_adapter": shape})})
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     check_cpus(job, with_fleet=with_fleet)
     with ExitStack() as stack:

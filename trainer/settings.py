@@ -33,6 +33,15 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class AdapterPush(StrEnum):
+    """What of a model with adapters travels to the engines."""
+
+    MERGED = "merged"
+    """The whole weights, with the adapter merged."""
+    ADAPTER = "adapter"
+    """The adapter alone: factors and rows of code tokens; the engines apply it to the initial model (vllm only)."""
+
+
 class LoraSettings(Settings):
     """Low-rank adapters in place of full training; `rank` turns them on."""
 
@@ -46,6 +55,15 @@ class LoraSettings(Settings):
     """Names of the linear modules that are adapted."""
     train_new_rows: bool = True
     """Train the rows of the code tokens in embedding and head too; their other rows stay as they are."""
+
+    push: AdapterPush = AdapterPush.MERGED
+    """What engines get: merged (whole weights) or adapter (only what is trained; tied embeddings, or items as titles,
+    or GPUs)."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the adapter travels by itself."""
+        return self.on and self.push is AdapterPush.ADAPTER
 
     @property
     def on(self) -> bool:

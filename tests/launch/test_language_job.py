@@ -1,9 +1,9 @@
 """A whole job on a pretrained language model through the command line: real vLLM engine, DeepSpeed, LoRA, and items as
 codes or as titles, on tiny random models with tokenizers of their own.
 
-Checks that engine and learner agree after every push, that only legal items come out, and that checkpoints hold the
-merged model and the adapter. Does not check quality (docs/results/llm.json), nor the families that vLLM loads besides
-(`long`) beyond one step.
+Checks that engine and learner agree after every push (of the adapter alone, and of merged weights), that only legal
+items come out, and that checkpoints hold the merged model and the adapter. Does not check quality
+(docs/results/llm.json), nor the families besides (`long`) beyond one step.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(folder: Path, name: str, content: dict[str, Any]) -> Path:
 
 def test_codes_with_lora(dataset: Dataset, tmp_path: Path) -> None:
     base = write_language(tmp_path / "base", "qwen2")
-    lora = {"lora": {"rank": 4}, "zero_stage": 2, "lr": 1e-2}
+    lora = {"lora": {"rank": 4, "alpha": 12, "push": "adapter"}, "zero_stage": 2, "lr": 1e-2}
     content = job(dataset, "rl", base, {"items": "codes"}, learner=lora, objective={"beta": 0.01})
     done = run(tmp_path, "rl", content)
     steps = read_steps(done)
@@ -60,6 +60,9 @@ def test_codes_with_lora(dataset: Dataset, tmp_path: Path) -> None:
     for step in steps[1:]:
         assert step["constraint.violations"] == 0
         assert 0 < step["policy_gap/mean"] <= step["policy_gap/max"] < 1e-4
+    # Only the adapter travels: factors of seven matrices in two layers, and the rows of 14 codes.
+    parameters = 14 * 64 + 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert steps[1]["push/mib"] * 2**20 == pytest.approx(4 * parameters, rel=0.01)
     # The reference is the adapter switched off: it is the policy in the first step, and not after it.
     assert steps[1]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[3]["kl"] > 1e-6

@@ -149,6 +149,22 @@ def test_an_adapter_is_applied(tmp_path: Path, catalogue: Catalogue, engine: Eng
     check_beams(merged, catalogue, prompts, groups)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden": 96}, r"down_proj\.lora_A\.weight of \(4, 128\) in .*, \(96, 192\) there"),
+        ({"layers": 1}, r"layers\.1\..* in .*, no such matrix"),
+    ],
+)
+def test_an_adapter_of_another_base(tmp_path: Path, catalogue: Catalogue, shape: dict[str, int], message: str) -> None:
+    write_tiny_model(tmp_path / "base", catalogue)
+    write_adapter(tmp_path / "adapter", tmp_path / "base")
+    other = write_tiny_model(tmp_path / "other", catalogue, **shape)
+    wrong = SETTINGS.model_copy(update={"engine": EngineKind.REFERENCE, "adapter": tmp_path / "adapter"})
+    with pytest.raises(RequestError, match=message):
+        build_engine(wrong, other)
+
+
 def test_a_folder_without_an_adapter(tmp_path: Path, hf_dir: Path) -> None:
     wrong = SETTINGS.model_copy(update={"engine": EngineKind.REFERENCE, "adapter": tmp_path})
     with pytest.raises(RequestError, match=r"rollout\.adapter.*a LoRA adapter in PEFT's layout"):

@@ -20,12 +20,14 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.text_items import code_catalogue
 from data.vocabulary import TextBase
+from rollout.live_adapter import is_adapter
 from tests.requirements import require
 from tests.trainer.learner_world import VOCABULARY, make_completions, make_constraint, save_model
 from tests.trainer.rank_process import sft_rows
 from tests.trainer.test_learner import PLAIN, THREADS, run_alone, run_ranks, task
+from trainer.jobs import SftJob
 from trainer.learner import Learner
-from trainer.lora import adapter_base, code_rows
+from trainer.lora import adapter_base, code_rows, live_adapter
 from trainer.settings import LearnerSettings
 
 FIRST_ROW = 30
@@ -174,6 +176,39 @@ def test_a_state_continues(model: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(second[name], value, err_msg=name)
     parameters = json.loads((tmp_path / "state" / "learner.json").read_text())["parameters"]
     assert all("lora_" in name or "delta" in name for name in parameters)
+
+
+def test_what_travels_alone(model: Path) -> None:
+    """Names, shapes and order of the specs are those of the tensors; rows go under the name of their matrix."""
+    trained = learner(model, lora=LORA | {"push": "adapter"}, zero_stage=3)
+    specs, aliases = trained.describe_weights()
+    tensors = list(trained._travelling())
+    trained.close()
+    assert not aliases
+    assert [(spec.name, spec.shape) for spec in specs] == [(name, tuple(value.shape)) for name, value in tensors]
+    names = [spec.name for spec in specs]
+    assert is_adapter(names)
+    assert [name for name in names if name.startswith("rows/")] == ["rows/model.embed_tokens.weight"]
+    assert "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight" in names
+    shape = live_adapter(trained.settings.lora, model)
+    assert (shape.rank, shape.alpha, shape.first_row, shape.rows) == (4, 8, FIRST_ROW, 16)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"engine": "reference"}, r"rollout\.engine: reference; legal: vllm"),
+        ({"tensor_parallel": 2}, r"tensor_parallel: 2"),
+    ],
+)
+def test_an_adapter_alone_needs_engines_that_apply_it(rollout: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SftJob(
+            data={"dataset": "x"},
+            limits={"max_steps": 1},
+            learner={"lora": {"rank": 2, "push": "adapter"}},
+            rollout=rollout,
+        )
 
 
 def test_unknown_targets_are_refused(model: Path) -> None:
