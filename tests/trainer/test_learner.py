@@ -151,8 +151,7 @@ def test_one_rank_does_not_depend_on_stage_or_packing(
     assert gradient_gap(found, reference[dtype]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("positions", [1, 7, 1000])
+@pytest.mark.parametrize(("stage", "positions"), [(0, 1), (3, 7)])
 def test_logits_in_stretches_change_nothing(
     model: Path, reference: dict[str, dict[str, Any]], stage: int, positions: int
 ) -> None:
