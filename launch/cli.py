@@ -195,6 +195,11 @@ COMMANDS: dict[str, Command] = {
         summary="where a run's reward helps, by difficulty and discriminability",
         answers=True,
     ),
+    "sweep": Command(
+        target="launch.sweep_command:sweep_command",
+        summary="a recipe for several values of a key and several seeds, with means",
+        answers=True,
+    ),
     "results": Command(
         target="launch.results:results_command", summary="regenerate a table of docs/results.md", answers=True
     ),

@@ -21,7 +21,7 @@ CALIBRATION = "calibration"
 """Part of a critic's summary."""
 CURVES = ("bins", "levels")
 """Parts of a calibration that are drawn, not told."""
-NOT_FACTS = ("stages", "comparisons", "format")
+NOT_FACTS = ("stages", "comparisons", "format", "sweep")
 """Parts of the summary that stand in tables of their own."""
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
@@ -139,7 +139,11 @@ def render(run: Path) -> str:
         details=[fact for fact in known if fact["name"] not in HEADLINE and not fact["name"].endswith("words")],
         stages=stage_tables(stages),
         comparisons=comparison_rows(comparisons),
-        plots=plots(steps, stages) + part_plots(run) + strata_plots(run) + calibration_plots(run, summary),
+        plots=plots(steps, stages)
+        + part_plots(run)
+        + strata_plots(run)
+        + calibration_plots(run, summary)
+        + frontier_plots(run, summary),
         last=sorted((name, _text(value)) for name, value in steps[-1].items()) if steps else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
@@ -297,6 +301,25 @@ def calibration_plots(run: Path, summary: Mapping[str, Any]) -> list[dict[str, s
         ),
     ]
     return [{"title": title, "svg": svg} for title, svg in named]
+
+
+FRONTIERS = (("novelty@10", "recall@10"), ("novelty@10", "reward@10"), ("ild@10", "recall@10"))
+"""Measures that a sweep trades against each other: what lies to the right, and what lies above."""
+
+
+def frontier_plots(run: Path, summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Accuracy against novelty and diversity over the points of a sweep."""
+    points = _mappings(run, summary, "sweep")
+    if not points:
+        return []
+    from launch import report_plots as draw
+
+    found = []
+    for x, y in FRONTIERS:
+        drawn = draw.frontier(points, x, y)
+        if drawn is not None:
+            found.append({"title": f"Frontier: {y} against {x}", "svg": drawn})
+    return found
 
 
 def part_plots(run: Path) -> list[dict[str, str]]:

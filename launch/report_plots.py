@@ -115,6 +115,34 @@ def by_cutoff(stages: Mapping[str, Mapping[str, Any]], metric: str) -> str | Non
     return svg(draw)
 
 
+def frontier(points: Mapping[str, Mapping[str, Any]], x: str, y: str) -> str | None:
+    """The points of a sweep by two of their means, joined in the order of their values, with deviations as crosses."""
+    named = []
+    for name, one in points.items():
+        mean, std = one.get("mean") or {}, one.get("std") or {}
+        if _is_number(mean.get(x)) and _is_number(mean.get(y)):
+            value = name.rpartition("=")[2]
+            named.append((value, mean[x], mean[y], std.get(x, 0.0), std.get(y, 0.0)))
+    if len(named) < 2:
+        return None
+    named.sort(key=lambda one: (not _is_decimal(one[0]), float(one[0]) if _is_decimal(one[0]) else 0.0, one[0]))
+
+    def draw(axes: Axes) -> None:
+        values, right, up, right_std, up_std = zip(*named, strict=True)
+        label = "mean and deviation over seeds"
+        axes.errorbar(right, up, xerr=right_std, yerr=up_std, label=label, marker="o", markersize=3.5, elinewidth=0.7)
+        for value, at_x, at_y in zip(values, right, up, strict=True):
+            axes.annotate(value, (at_x, at_y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+
+    return svg(draw)
+
+
+def _is_decimal(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text) is not None
+
+
 def by_stratum(strata: Steps, name: str, *, ylabel: str, beside: str = "", interval: str = "") -> str | None:
     """Bars of a value by difficulty, one colour where the ranker discriminates and one where it does not.
 

@@ -20,7 +20,6 @@ import numpy as np
 from data.candidates import CandidateFiller
 from data.catalogue import Catalogue
 from data.errors import RequestError
-from data.prompts import PromptBuilder
 from data.records import NO_ITEM, Decode, DecodeSpec, IntArray, ListSpec, LongArray, Prompt
 from data.transitions import Sessions
 from rollout.fleet import RolloutFleet
@@ -106,11 +105,10 @@ def model_answers(
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
     check_model(hf_dir, catalogue.vocabulary.size)
     check_same_items(hf_dir, catalogue, sessions.dataset)
-    card = PromptCard.read(hf_dir)
-    if card.lists.on:
+    if PromptCard.read(hf_dir).lists.on:
         raise RequestError("laac.reference.model", f"{settings.model} ranks lists", "a model of single items")
     event_M = asked_states(sessions, settings)
-    asks = _Prompts(sessions, settings, catalogue, card)
+    asks = _Prompts(sessions, settings, catalogue, hf_dir)
     spec = DecodeSpec(
         decode=Decode.BEAM,
         width=settings.answers,
@@ -135,14 +133,13 @@ def model_answers(
 
 
 class _Prompts:
-    """Prompts of states: the latest items, and the candidates that may be answered."""
+    """Prompts of states as the model was trained on them: the latest items, and the candidates that may be answered."""
 
-    def __init__(self, sessions: Sessions, settings: ReferenceSettings, catalogue: Catalogue, card: PromptCard) -> None:
+    def __init__(self, sessions: Sessions, settings: ReferenceSettings, catalogue: Catalogue, hf_dir: Path) -> None:
         self._sessions = sessions
         self._settings = settings
-        self._builder = PromptBuilder(
-            catalogue, settings.window, exclude_seen=False, max_prompt_tokens=card.max_prompt_tokens
-        )
+        shown = {"history": settings.window, "exclude_seen": False}
+        self._builder = PromptCard.read(hf_dir).model_copy(update=shown).builder(catalogue, hf_dir)
         self._filler = CandidateFiller(catalogue)
 
     def of(self, event_M: LongArray, rows: Sequence[int]) -> tuple[list[int], list[Prompt]]:

@@ -1,0 +1,149 @@
+"""`windlass sweep`: a recipe for several values of a key and several seeds, and the means of what its runs measured.
+
+    RUN/laac.alpha-3/seed-1/     a run of the recipe, as `windlass train` leaves it
+    RUN/summary.json             means and deviations over the seeds, value by value, for the report
+
+A run that is finished is not run again, so an interrupted sweep continues, and further values join the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data.errors import RequestError, RunError
+from launch.cli import run as run_windlass
+from launch.config import load_job
+from launch.run_directory import SUMMARY, read_json
+from trainer.durable import write_text
+
+FORMAT = 1
+ONLY = "all"
+"""Name of the one point of a sweep over seeds alone."""
+Runner = Callable[[list[str]], int]
+
+
+def sweep_command(
+    recipe: Annotated[str, tyro.conf.Positional],
+    /,
+    run_dir: Path,
+    over: str = "",
+    values: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    set: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Train a recipe for several values of a key and several seeds.
+
+    Args:
+        recipe: name or path.
+        run_dir: folder of the sweep; finished runs in it are kept.
+        over: key whose values are swept (laac.alpha, for example); none sweeps the seeds alone.
+        values: its values.
+        seeds: a run of each value for each.
+        set: further overrides, as KEY=VALUE.
+    """
+    return sweep(recipe, run_dir, over=over, values=values, seeds=seeds, overrides=set)
+
+
+def sweep(
+    recipe: str,
+    run_dir: Path,
+    *,
+    over: str = "",
+    values: Sequence[str] = (),
+    seeds: Sequence[int] = (1, 2, 3),
+    overrides: Sequence[str] = (),
+    runner: Runner = run_windlass,
+) -> dict[str, Any]:
+    """See `sweep_command`; the answer holds the points that were asked, and the means of the last one by themselves.
+
+    Raises:
+        RequestError: a key without values, a seed twice, or a run that the recipe does not allow; before any is begun.
+        RunError: a run failed or was interrupted.
+    """
+    if bool(over) != bool(values):
+        raise RequestError("--values", " ".join(values) or "none", "values, and --over with the key that takes them")
+    if not seeds or len({*seeds}) != len(seeds):
+        raise RequestError("--seeds", list(seeds), "one or more different seeds")
+    fixed = [part for one in overrides for part in _override(one)]
+    points = {point_name(over, value): [*fixed, *([f"--{over}", value] if over else [])] for value in values or [""]}
+    for arguments in points.values():
+        load_job(recipe, [*arguments, "--seed", str(seeds[0])])
+    for name, arguments in points.items():
+        for seed in seeds:
+            folder = run_dir / name / f"seed-{seed}"
+            if not is_finished(folder):
+                code = runner(["train", recipe, "--run-dir", str(folder), *arguments, "--seed", str(seed)])
+                if code != 0 or not is_finished(folder):
+                    raise RunError(f"{folder}: the run ended with exit code {code} and is not finished")
+    every = {folder.name: point(folder) for folder in sorted(run_dir.iterdir()) if any(folder.glob("seed-*"))}
+    write_summary(run_dir, over, every)
+    asked = {name: point(run_dir / name, seeds) for name in points}
+    return {"recipe": recipe, "over": over, "points": asked, **asked[list(points)[-1]]}
+
+
+def _override(text: str) -> list[str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RequestError("--set", text, "KEY=VALUE, for example laac.method=bc")
+    return [f"--{key}", value]
+
+
+def point_name(over: str, value: str) -> str:
+    """Name of a point's folder."""
+    return re.sub(r"[^\w.=-]", "_", f"{over}={value}") if over else ONLY
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end."""
+    return (folder / SUMMARY).is_file() and not read_json(folder / SUMMARY).get("interrupted")
+
+
+def point(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+    """Means and deviations of the metrics of a point's runs: of these seeds, or of all that are finished.
+
+    Raises:
+        RequestError: a run whose summary has not exactly one stage.
+    """
+    names = sorted(folder.glob("seed-*")) if seeds is None else [folder / f"seed-{seed}" for seed in seeds]
+    stages = [_stage(run) for run in names if is_finished(run)]
+    shared = [name for name in stages[0] if all(_is_number(stage.get(name)) for stage in stages)] if stages else []
+    columns = {name: [float(stage[name]) for stage in stages] for name in shared}
+    return {
+        "runs": len(stages),
+        "mean": {name: statistics.fmean(column) for name, column in columns.items()},
+        "std": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
+    }
+
+
+def _stage(run: Path) -> Mapping[str, Any]:
+    stages = read_json(run / SUMMARY).get("stages")
+    if not isinstance(stages, Mapping) or len(stages) != 1:
+        raise RequestError(
+            f"{run / SUMMARY}: stages", f"{stages!r:.60}", "one stage, as jobs have that end with a test"
+        )
+    stage: Mapping[str, Any] = next(iter(stages.values()))
+    return stage
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def write_summary(run_dir: Path, over: str, points: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what `windlass report` shows of a sweep."""
+    content = {
+        "format": FORMAT,
+        "job": "sweep",
+        "over": over,
+        "interrupted": False,
+        "stages": {name: {**one["mean"], "n": int(one["mean"].get("n", 0))} for name, one in points.items()},
+        "sweep": {name: {"runs": one["runs"], "mean": one["mean"], "std": one["std"]} for name, one in points.items()},
+    }
+    write_text(run_dir / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,95 @@
+"""Contract of `windlass sweep`: a run for each value and seed, none twice, means and deviations over the seeds, an
+answer of its schema, and the frontier in the report; requests that no run would allow are refused before the first.
+
+A runner that writes summaries stands in for `windlass train`, whose own tests run it. Not checked: the metrics.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from data.errors import RequestError, RunError
+from launch.provenance import ROOT
+from launch.report import render
+from launch.sweep_command import sweep
+
+
+class FakeTraining:
+    """Writes the summary of a run whose metrics follow from alpha and seed."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.calls: list[list[str]] = []
+        self.fails_at = fails_at
+
+    def __call__(self, arguments: list[str]) -> int:
+        self.calls.append(arguments)
+        if len(self.calls) == self.fails_at:
+            return 1
+        given = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+        alpha, seed = float(given.get("--laac.alpha", 1)), int(given["--seed"])
+        stage = {"n": 10, "recall@10": 0.1 * alpha + 0.01 * seed, "novelty@10": 0.5 - 0.1 * alpha, "ild@10": 0.5}
+        folder = Path(given["--run-dir"])
+        folder.mkdir(parents=True)
+        content = {"format": 1, "interrupted": False, "stages": {"laac": {**stage, "ci95": {}}}}
+        (folder / "summary.json").write_text(json.dumps(content))
+        return 0
+
+
+def test_each_value_and_seed_is_run_once(tmp_path: Path) -> None:
+    training = FakeTraining(fails_at=3)
+    asked = {"over": "laac.alpha", "values": ("0", "3"), "seeds": (1, 2), "overrides": ("laac.beta=2",)}
+    with pytest.raises(RunError, match="seed-1"):
+        sweep("laac", tmp_path, runner=training, **asked)  # type: ignore[arg-type]
+    training.fails_at = None
+    answer = sweep("laac", tmp_path, runner=training, **asked)  # type: ignore[arg-type]
+    # Four runs and the one that failed; the two that were finished are not run again.
+    assert len(training.calls) == 5
+    assert all("--laac.beta" in call for call in training.calls)
+    schema = json.loads((ROOT / "docs" / "schemas" / "sweep.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    point = answer["points"]["laac.alpha=3"]
+    assert point["runs"] == 2
+    assert point["mean"]["recall@10"] == pytest.approx(0.315)
+    assert point["std"]["recall@10"] == pytest.approx(0.01 * 0.5**0.5)
+    assert answer["mean"] == point["mean"]
+    # A further value joins the folder, and the report shows all of them.
+    sweep("laac", tmp_path, over="laac.alpha", values=("10",), seeds=(1,), runner=training)
+    page = render(tmp_path)
+    assert "Frontier: recall@10 against novelty@10" in page
+    assert "laac.alpha=10" in page
+    assert set(json.loads((tmp_path / "summary.json").read_text())["stages"]) == {
+        "laac.alpha=0",
+        "laac.alpha=3",
+        "laac.alpha=10",
+    }
+
+
+def test_seeds_alone_are_one_point(tmp_path: Path) -> None:
+    answer = sweep("laac", tmp_path, seeds=(5,), runner=FakeTraining())
+    assert list(answer["points"]) == ["all"]
+    assert (answer["runs"], answer["std"]) == (1, {})
+    assert "Frontier" not in render(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [
+        ({"over": "laac.alpha"}, "--values"),
+        ({"values": ("1",)}, "--values"),
+        ({"seeds": (1, 1)}, "--seeds"),
+        ({"seeds": ()}, "--seeds"),
+        ({"overrides": ("laac.beta",)}, "--set"),
+        ({"over": "laac.alpha", "values": ("1", "-1")}, "laac.alpha"),
+        ({"over": "laac.gamma", "values": ("1",)}, "laac.gamma"),
+    ],
+)
+def test_bad_sweeps_are_refused_before_the_first_run(tmp_path: Path, asked: dict[str, object], where: str) -> None:
+    training = FakeTraining()
+    with pytest.raises(RequestError) as caught:
+        sweep("laac", tmp_path, runner=training, **asked)  # type: ignore[arg-type]
+    assert caught.value.where == where
+    assert not training.calls
