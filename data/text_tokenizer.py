@@ -75,23 +75,21 @@ class TextTokenizer:
         )
 
     def extend(self, vocabulary: Vocabulary) -> None:
-        """Add the words of a vocabulary that begins with this tokenizer's tokens; nothing where they are there.
+        """Add the words of a vocabulary that begins with this tokenizer's tokens, those that are not there yet.
 
         Raises:
             RequestError: a word means something else already, or gets another id.
         """
         words, known = vocabulary.words(), self._tokenizer.get_vocab()
         wanted = {word: vocabulary.first_code + place for place, word in enumerate(words)}
-        if all(known.get(word) == token for word, token in wanted.items()):
-            return
-        there = [word for word in words if word in known]
+        there = [word for word in words if known.get(word, wanted[word]) != wanted[word]]
         if there:
             raise RequestError(
                 f"tokenizer of {self.where}",
                 f"{there[0]} is token {known[there[0]]} already",
                 "a model without code tokens, or the checkpoint that has them with its own catalogue",
             )
-        self._tokenizer.add_tokens(words)
+        self._tokenizer.add_tokens([word for word in words if word not in known])
         found = self._tokenizer.convert_tokens_to_ids(words)
         if found != list(wanted.values()):
             raise RequestError(

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 
 from data.catalogue import Catalogue
+from data.dataset import Dataset
 from data.errors import RequestError
 from data.growth import same_tokens
+from data.text_items import code_catalogue, title_catalogue
+from data.text_settings import ItemForm
+from data.text_tokenizer import TextTokenizer
 from trainer.export import copy_companions
 from trainer.initial_model import CATALOGUE
+from trainer.prompt_card import PromptCard
 
 NOISE: Final = 0.5
 """Deviation of a new row around the mean of its level, in deviations of the level."""
@@ -49,6 +54,22 @@ def has_grown(parent: Path, catalogue: Catalogue) -> bool:
     return True
 
 
+def later_catalogue(parent: Path, dataset: Dataset, codes: str) -> Catalogue:
+    """The catalogue of a dataset in the tokens of a model that was trained on an earlier state of it.
+
+    Raises:
+        RequestError: items that cannot be written.
+    """
+    text = Catalogue.load(parent / CATALOGUE).vocabulary.text
+    if text is None:
+        return Catalogue.build(dataset, codes)
+    settings = PromptCard.read(parent).text
+    if settings.items is ItemForm.TITLES:
+        tokenizer = TextTokenizer.open(parent, settings.pad_token)
+        return title_catalogue(dataset, tokenizer, text, settings.title_tokens)
+    return code_catalogue(Catalogue.build(dataset, codes), text)
+
+
 @torch.no_grad()
 def grow_model(parent: Path, catalogue: Catalogue, target: Path, *, seed: int) -> Path:
     """Write the `hf` folder of a model for a later state of its catalogue; a folder that is there is made anew.
@@ -75,20 +96,27 @@ def grow_model(parent: Path, catalogue: Catalogue, target: Path, *, seed: int) -
     copy_companions(parent, partial)
     shutil.rmtree(partial / CATALOGUE, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(parent, dtype="auto")
-    if after.size != before.size:
-        level = slice(before.code_token(before.levels - 1, 0), before.size)
+    if after.tokens != before.tokens:
+        level = slice(before.code_token(before.levels - 1, 0), before.tokens)
         matrices = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
         tied = matrices["input"] is matrices["output"]
-        old = {name: weight_VH[: before.size].clone() for name, weight_VH in matrices.items()}
-        model.resize_token_embeddings(after.size, mean_resizing=False)
+        old = {name: weight_VH[: before.tokens].clone() for name, weight_VH in matrices.items()}
+        if after.size != before.size:
+            model.resize_token_embeddings(after.size, mean_resizing=False)
         generator = torch.Generator().manual_seed(seed)
         resized = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
         for name in ("input",) if tied else ("input", "output"):
             rows_VH = old[name]
-            resized[name][: before.size] = rows_VH
-            resized[name][before.size :] = _new_rows(rows_VH[level], after.size - before.size, generator)
+            resized[name][: before.tokens] = rows_VH
+            new_VH = _new_rows(rows_VH[level], after.tokens - before.tokens, generator)
+            resized[name][before.tokens : after.tokens] = new_VH
     model.save_pretrained(partial)
-    catalogue.vocabulary.save_tokenizer(partial)
+    if after.text is None:
+        after.save_tokenizer(partial)
+    else:
+        tokenizer = TextTokenizer.open(parent)
+        tokenizer.extend(after)
+        tokenizer.save(partial)
     catalogue.save(partial / CATALOGUE)
     partial.rename(target)
     return target

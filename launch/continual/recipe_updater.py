@@ -20,7 +20,7 @@ from rollout.fleet import RolloutFleet
 from trainer.checkpoints import latest_checkpoint, open_model
 from trainer.initial_model import CATALOGUE
 from trainer.jobs import RlJob, SftJob
-from trainer.model_growth import catalogue_digest, grow_model, has_grown
+from trainer.model_growth import catalogue_digest, grow_model, has_grown, later_catalogue
 from trainer.policy_jobs import feedback_checks
 
 
@@ -72,8 +72,8 @@ class RecipeUpdater:
 
     def _initial(self, task: Update) -> Path:
         """The parent, or where the dataset has new items or retired ones, the parent with them."""
-        catalogue = Catalogue.build(Dataset.open(self._job.data.dataset), self._job.data.codes)
         parent = task.parent.resolve()
+        catalogue = later_catalogue(parent, Dataset.open(self._job.data.dataset), self._job.data.codes)
         if not has_grown(parent, catalogue):
             return parent
         target = task.work.with_name("grown")

@@ -19,9 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.catalogue import Catalogue
+from data.codes import Codes
 from data.dataset import Dataset
 from data.errors import RequestError
 from data.records import NO_ITEM, Decode, DecodeSpec
+from data.text_items import code_catalogue
 from data.text_prompts import TextPromptBuilder
 from data.text_settings import TextSettings
 from rollout.engine import build_engine
@@ -31,6 +33,7 @@ from tests.tiny_language import FAMILIES, write_language
 from trainer.initial_model import check_fits, own_initial_model
 from trainer.jobs import SftJob
 from trainer.language_model import Language, content_rows
+from trainer.model_growth import grow_model, has_grown
 from trainer.policy import Policy, full_log_probabilities, load_language_model
 from trainer.policy_data import PolicyData
 from trainer.policy_jobs import windows
@@ -155,6 +158,33 @@ def test_a_continued_model_keeps_its_tokens(bases: Path, dataset: Dataset, tmp_p
     Catalogue.build(dataset, "default").save(plain / "catalogue")
     with pytest.raises(RequestError, match=r"init: .* is no language model; legal: text\.items: null"):
         Language.open(str(plain), TextSettings(items="codes"), dataset, "default")
+
+
+@pytest.mark.parametrize("more", [2, 60])
+def test_a_language_model_follows_its_catalogue(more: int, bases: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """New codes take free rows of the matrices, or further ones; tokenizer and rows of old tokens stay."""
+    language, folder = start(bases / "llama", dataset, tmp_path / "initial")
+    own = language.catalogue
+    plain = Catalogue.build(dataset, "default")
+    paths = [[item // 8, item % 8] for item in range(48)] + [[5, 8 + code] for code in range(more)]
+    grown_codes = Codes.from_lists(paths, [plain.vocabulary.level_sizes[0], 8 + more])
+    assert own.vocabulary.text is not None
+    keys = [*own.item_keys, *(f"new-{n}" for n in range(more))]
+    later = Catalogue.from_codes(grown_codes, [*own.titles, *keys[48:]], item_keys=keys)
+    later = code_catalogue(later, own.vocabulary.text)
+    assert has_grown(folder, later)
+    target = grow_model(folder, later, tmp_path / "grown", seed=0)
+    check_fits(target, later)
+    old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, target))
+    known = own.vocabulary.tokens
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = getattr(old, part)().weight, getattr(new, part)().weight
+        assert len(after) == (384 if more == 2 else 448)
+        assert torch.equal(after[:known], before[:known])
+        assert len(torch.unique(after[known : known + more], dim=0)) == more
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert len(tokenizer) == later.vocabulary.tokens
+    assert tokenizer("item<b_9>").input_ids[-1] == later.vocabulary.code_token(1, 9)
 
 
 @pytest.mark.parametrize(
