@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +59,32 @@ def read_table(path: Path, schema: pa.Schema, *, exact: bool = True) -> pa.Table
         return file.read(columns=schema.names if exact else None)
     except READ_ERRORS as error:
         raise RequestError(str(path), f"damaged ({first_line(error)})", "the file as it was written") from error
+
+
+def wrong_columns(found: pa.Schema, wanted: pa.Schema, *, metadata: bytes, version: int) -> str | None:
+    """What is wrong with the columns of a file that its writer marked, or with its format; None when nothing is.
+
+    Columns may be dictionary-encoded, and others may lie beside those of `wanted`.
+
+    Args:
+        metadata: key of the schema's metadata whose JSON has the `format`.
+        version: the format that is known.
+    """
+    head = (found.metadata or {}).get(metadata)
+    try:
+        told: Any = json.loads(head) if head is not None else None
+    except ValueError:
+        return f"metadata {head!r}"
+    marked = told.get("format") if isinstance(told, dict) else None
+    if marked != version:
+        return f"format {marked!r}, {version} is known"
+    for field in wanted:
+        position = found.get_field_index(field.name)
+        kind = found.field(position).type if position >= 0 else None
+        plain = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
+        if plain is None or not _same_type(plain, field.type):
+            return f"column {field.name} is {plain or 'absent'}, {field.type} is known"
+    return None
 
 
 def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data.errors import RequestError
-from data.parquet import read_table
+from data.parquet import read_table, wrong_columns
 from data.records import BoolArray
 
 FORMAT: Final = 1
@@ -96,20 +96,7 @@ def response_files(day: Path) -> list[Path]:
 
 def wrong_responses(schema: pa.Schema) -> str | None:
     """What is wrong with the columns of a file of responses, or its format; None when it is one."""
-    head = (schema.metadata or {}).get(METADATA)
-    try:
-        told: Any = json.loads(head) if head is not None else None
-    except ValueError:
-        return f"metadata {head!r}"
-    found = told.get("format") if isinstance(told, dict) else None
-    if found != FORMAT:
-        return f"format {found!r}, {FORMAT} is known"
-    for wanted in RESPONSES:
-        position = schema.get_field_index(wanted.name)
-        kind = schema.field(position).type if position >= 0 else None
-        if kind != wanted.type:
-            return f"column {wanted.name} is {kind or 'absent'}, {wanted.type} is known"
-    return None
+    return wrong_columns(schema, RESPONSES, metadata=METADATA, version=FORMAT)
 
 
 def request_digests(request_id: pa.Array) -> DigestArray:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from data.errors import RequestError
 from data.feedback import DAY_SECONDS, FORMAT, METADATA, SCHEMA, SUCCESS, day_start, is_day
-from data.parquet import READ_ERRORS, first_line
+from data.parquet import READ_ERRORS, first_line, wrong_columns
 from data.responses import FOLDER, wrong_responses
 from data.settings import Settings
 from launch.continual.journal import FileFacts
@@ -239,26 +239,7 @@ def waits_for(listing: Listing, settings: CompletenessSettings, now: float) -> T
 
 def wrong_schema(schema: pa.Schema) -> str | None:
     """What is wrong with the columns of a file, or its format; None when it is one of a feedback log."""
-    head = (schema.metadata or {}).get(METADATA)
-    try:
-        told: Any = json.loads(head) if head is not None else None
-    except ValueError:
-        return f"metadata {head!r}"
-    found = told.get("format") if isinstance(told, dict) else None
-    if found != FORMAT:
-        return f"format {found!r}, {FORMAT} is known"
-    for wanted in SCHEMA:
-        position = schema.get_field_index(wanted.name)
-        kind = schema.field(position).type if position >= 0 else None
-        plain = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
-        same = plain is not None and (
-            plain.value_type == wanted.type.value_type
-            if pa.types.is_list(plain) and pa.types.is_list(wanted.type)
-            else plain == wanted.type
-        )
-        if not same:
-            return f"column {wanted.name} is {plain or 'absent'}, {wanted.type} is known"
-    return None
+    return wrong_columns(schema, SCHEMA, metadata=METADATA, version=FORMAT)
 
 
 def missing_days(day: str, earlier: list[str]) -> list[str]:
