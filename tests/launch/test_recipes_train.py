@@ -47,17 +47,15 @@ SIZES = {
     "checkpoints.interval": STEPS,
     "cluster.object_store_mib": 128,
 }
-CRITIC = {
-    "data.codes": "default",
-    "data.history": 6,
-    "data.max_prompt_tokens": 64,
+LISTS = {
     # The items of the small world have no genres to explore.
     "lists.needs": "[{name: interest}, {name: trend}]",
     "lists.held_out": "",
     "lists.candidates": 12,
     "lists.positives": 3,
-    "critic.epochs": 1,
 }
+LIST_ROWS = {"data.max_prompt_tokens": 64, "learner.row_tokens": 128, "rollout.max_model_len": 128}
+CRITIC = LISTS | {"data.codes": "default", "data.history": 6, "data.max_prompt_tokens": 64, "critic.epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -80,20 +78,29 @@ class World:
             changes |= {"data.history": 6, "evaluation.every": 0, "evaluation.k": "[1, 5, 10]"}
             return arguments(changes)
         changes |= SIZES | {"evaluation.test_rows": 0}
+        if job.lists.on:
+            changes |= LISTS | LIST_ROWS
         if not isinstance(job, RlJob):
             # A run of another recipe gives `init`; the presets stay, for the recipes that begin with one.
             changes |= {"batch_rows": 8} | ({} if job.feedback is None else {"feedback": self.feedback})
             changes |= {} if job.init in ("mini", "tiny") else {"init": self.policy}
             return arguments(changes | {"init_embeddings": "auto"})
-        changes |= {"init": self.policy, "batch_prompts": 16, "data.latest_rows": "null", "rollout.shard_size": 16}
+        start = self.trained("flexrec-sft") if job.lists.on else self.policy
+        changes |= {"init": start, "batch_prompts": 16, "data.latest_rows": "null", "rollout.shard_size": 16}
         if name in CLIPPING:
             # Three small batches move the policy less than the forty-eight of the recipe.
             changes["learner.lr"] = 1e-3
         if job.reward.ranker is not None:
-            changes["reward.ranker"] = self.ranker
+            critic = self.trained("flexrec-critic") / "ranker" if job.lists.on else None
+            changes["reward.ranker"] = critic or self.ranker
         if job.feedback is not None:
             changes["feedback"] = self.feedback
         return arguments(changes)
+
+    def trained(self, name: str) -> Path:
+        """The run directory of a recipe, which is run unless it was."""
+        run_dir = self.folder / "runs" / name
+        return run_dir if (run_dir / "summary.json").is_file() else self.train(name)
 
     def train(self, name: str) -> Path:
         """Run a recipe as a user would; returns its run directory."""
@@ -129,9 +136,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.long
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_trains(name: str, world: World) -> None:
-    run_dir = world.folder / "runs" / name
-    if not (run_dir / "summary.json").is_file():
-        world.train(name)
+    run_dir = world.trained(name)
     summary = json.loads((run_dir / "summary.json").read_text())
     job = load_job(name)
     if isinstance(job, RankerJob | CriticJob):
