@@ -151,7 +151,7 @@ class VllmEngine(ReceivingEngine):
 
 def _adapter_arguments(settings: RolloutSettings) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for the adapter of a folder, or for one that is pushed."""
-    if settings.live_adapter is not None:
+    if settings.live_adapter.on:
         return internals.lora_arguments(settings.live_adapter.rank)
     return {} if settings.adapter is None else internals.lora_arguments(adapter_rank(settings.adapter))
 

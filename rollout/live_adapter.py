@@ -21,16 +21,21 @@ ROWS: Final = "rows/"
 
 
 class LiveAdapter(Settings):
-    """The shape of the adapter."""
+    """The shape of the adapter that learners push by itself; a job sets it (learner.lora.push)."""
 
-    rank: int = Field(ge=1)
-    """Rank of the factors."""
-    alpha: int = Field(ge=1)
+    rank: int = Field(0, ge=0)
+    """Rank of the factors; 0 without such an adapter."""
+    alpha: int = Field(1, ge=1)
     """The product of the factors is scaled by alpha / rank."""
     first_row: int = Field(0, ge=0)
     """First of the trained rows, which are neighbours."""
     rows: int = Field(0, ge=0)
     """How many there are."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the engine gets such an adapter."""
+        return self.rank > 0
 
 
 def is_adapter(names: Iterable[str]) -> bool:

@@ -59,7 +59,7 @@ class RolloutSettings(Settings):
     adapter: Path | None = None
     """Folder with a LoRA adapter in PEFT's layout that is applied to the model. For engines that generate only: the
     learners push whole matrices."""
-    live_adapter: LiveAdapter | None = None
+    live_adapter: LiveAdapter = LiveAdapter()
     """The adapter that learners push by itself; a job sets it (learner.lora.push)."""
     head: HeadRows = HeadRows.AUTO
     """Rows of the head that are multiplied under the constraint (vllm only): `all`, `level` (the tokens that can follow

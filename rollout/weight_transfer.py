@@ -169,7 +169,7 @@ class WeightReceiver:
         """The factors as an adapter of the message's version, the rows into the model; the last adapter is retired."""
         worker: Any = self
         engine, shape = self.weight_transfer_engine, worker.windlass_live_adapter
-        if shape is None:
+        if not shape.on:
             raise BucketError(f"version {message.version} is an adapter, and the engine was started without one")
         try:
             tensors = engine.receive_adapter(message, rank)

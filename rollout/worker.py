@@ -143,7 +143,7 @@ class RolloutWorker(WeightReceiver):
     def windlass_open(self, hf_dir: str, settings: RolloutSettings) -> None:
         """Load the catalogue and look at the model runner; called once, after the engine is up."""
         worker: Any = self
-        view = vllm_forward.view(worker.model_runner, settings.adapter, live_adapter=settings.live_adapter is not None)
+        view = vllm_forward.view(worker.model_runner, settings.adapter, live_adapter=settings.live_adapter.on)
         if view.device.type == "cpu":
             vllm_forward.use_fused_norms()
         config = worker.model_runner.vllm_config.model_config
