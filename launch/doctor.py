@@ -172,5 +172,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
         "sentence-transformers", "sentence_transformers", required=False, mend="title embeddings: extra `embeddings`"
     ),
     _library("onnxruntime", "onnxruntime", required=False, mend="ONNX rankers: extra `onnx`"),
+    _library("peft", "peft", required=False, mend="adapters in place of full training: extra `lora`"),
+    _library("gguf", "gguf", required=False, mend="language models in GGUF files: extra `gguf`"),
     _cards,
 )
