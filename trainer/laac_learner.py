@@ -134,8 +134,8 @@ class LaacLearner:
         self._players = {
             name: Player(name, module.to(self._device), lr, settings, ranks) for name, (module, lr) in modules.items()
         }
-        self._followed = follower
         self._target = copy.deepcopy(follower).requires_grad_(False)
+        self._followed, self._following = list(follower.parameters()), list(self._target.parameters())
         self._first: dict[str, float] = {}
 
     @property
@@ -165,31 +165,39 @@ class LaacLearner:
                 sums[name] = sums.get(name, 0.0) + value
         return {name: value / max(steps, 1) for name, value in sums.items()}
 
-    def _laac(self, batch: Batch, counts: Counts) -> Terms:
-        critics, actor, target = self._critics, self._actor, cast(Critics, self._target)
-        warm = self.step < self.settings.warmstart_steps
-        shared = self.settings.shared_encoder
+    def _queries(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the policy scores items against in the states and the next ones: its own states, or the critics'.
+
+        Its own carry a gradient: it does not change before its own step, so that they serve both players.
+        """
+        if self.settings.shared_encoder:
+            with torch.no_grad():
+                return self._critics.state(batch.history_BH), self._critics.state(batch.next_BH)
+        query_BD = self._actor.network.state(batch.history_BH)
         with torch.no_grad():
-            both_BH = torch.cat([batch.history_BH, batch.next_BH])
-            both_BD = actor.query(both_BH, critics.state(both_BH) if shared else None)
-            query_BD, next_query_BD = both_BD.chunk(2)
-            policy = PolicyView(query_BD, next_query_BD, actor.network.item_ND.detach())
+            return query_BD, self._actor.network.state(batch.next_BH)
+
+    def _laac(self, batch: Batch, counts: Counts) -> Terms:
+        critics, target = self._critics, cast(Critics, self._target)
+        warm = self.step < self.settings.warmstart_steps
+        query_BD, next_query_BD = self._queries(batch)
+        with torch.no_grad():
+            policy = PolicyView(query_BD.detach(), next_query_BD, self._actor.network.item_ND.detach())
             next_values = target.policy_values(target.state(batch.next_BH), policy.next_query_BD, policy.key_ND)
             next_B = torch.minimum(*next_values)
             target_B = bounded_target(batch.reward_B, batch.done_B, next_B, self.settings.discount)
         loss, terms = self._players["critics"].engine(batch, counts, policy, target_B, warm=warm)
         self._players["critics"].update(loss, self.place.ranks)
         if self.settings.norm_limit is not None:
-            projected = project_norms(critics, self.settings.norm_limit)
+            projected = project_norms(self._followed, self.settings.norm_limit)
             terms["projected"] = torch.tensor(projected / self.place.ranks)
-        first = critics.twins[0]
         with torch.no_grad():
             state_BD = critics.state(batch.history_BH)
-        lent_BD = state_BD if shared else None
-        critic = (None, None) if warm else (state_BD, first.item_ND.detach())
-        loss, actor_terms = self._players["actor"].engine(batch, counts, lent_BD, *critic)
+        query_BD = state_BD if self.settings.shared_encoder else query_BD
+        critic = (None, None) if warm else (state_BD, critics.twins[0].item_ND.detach())
+        loss, actor_terms = self._players["actor"].engine(batch, counts, query_BD, *critic)
         self._players["actor"].update(loss, self.place.ranks)
-        follow(self._target, critics, self.settings.target_rate)
+        follow(self._following, self._followed, self.settings.target_rate)
         joined: Terms = {**terms, **actor_terms}
         return joined
 
@@ -198,7 +206,7 @@ class LaacLearner:
         loss, terms = self._players["supervised"].engine(batch, counts, targets)
         self._players["supervised"].update(loss, self.place.ranks)
         if targets:
-            follow(self._target, self._followed, self.settings.target_rate)
+            follow(self._following, self._followed, self.settings.target_rate)
         return cast(Terms, terms)
 
     def _joined(self, terms: Terms) -> dict[str, float]:

@@ -10,11 +10,12 @@ Source: methods.md section 5, "Objective". Suffixes: `_B` row, `_R` answer of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Grounding(StrEnum):
@@ -108,21 +109,20 @@ def actor_loss(
 
 
 @torch.no_grad()
-def project_norms(module: nn.Module, limit: float) -> int:
-    """Scale every parameter whose L2 norm is above the limit back to it; returns how many were.
+def project_norms(weights: Sequence[Tensor], limit: float) -> int:
+    """Scale every weight whose L2 norm is above the limit back to it; returns how many were.
 
     Biases too: an item's bias alone would be a direction in which the critic's loss is unbounded.
     """
     projected = 0
-    for parameter in module.parameters():
-        norm = float(torch.linalg.vector_norm(parameter))
+    for weight, norm in zip(weights, torch.stack(torch._foreach_norm(list(weights))).tolist(), strict=True):
         if norm > limit:
-            parameter.mul_(limit / norm)
+            weight.mul_(limit / norm)
             projected += 1
     return projected
 
 
 @torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
+def follow(targets: Sequence[Tensor], sources: Sequence[Tensor], rate: float) -> None:
     """Polyak averaging: target <- (1 - rate) * target + rate * source."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+    torch._foreach_lerp_(list(targets), list(sources), rate)

@@ -114,26 +114,21 @@ class Actor(nn.Module):
         self.settings = settings
         self.network = ItemNetwork(shape, own_encoder=not settings.shared_encoder)
 
-    def query(self, history_BH: Tensor, state_BD: Tensor | None) -> Tensor:
-        """What the policy's items are scored against: its own states, or those that it is lent."""
-        return self.network.state(history_BH) if state_BD is None else state_BD
-
     def forward(
         self,
         batch: Batch,
         counts: Counts,
-        lent_BD: Tensor | None,
+        query_BD: Tensor,
         critic_BD: Tensor | None,
         critic_ND: Tensor | None,
     ) -> tuple[Tensor, Terms]:
         """The loss of the policy: -f1(s,pi) less the weighted entropy, or cloning where no critic is given.
 
         Args:
-            lent_BD: states of the critics where the policy has no encoder.
+            query_BD: the policy's own states, with their gradient, or those of the critics that it is lent.
             critic_BD: states of the first critic.
             critic_ND: its items.
         """
-        query_BD = self.query(batch.history_BH, lent_BD)
         key_ND = self.network.item_ND
         if critic_BD is None or critic_ND is None:
             return self._cloning(batch, counts, query_BD)

@@ -229,7 +229,7 @@ def descended(limit: float | None) -> tuple[list[float], Tensor]:
         with torch.no_grad():
             value[0] -= 0.05 * value[0].grad  # type: ignore[operator]
         if limit is not None:
-            project_norms(value, limit)
+            project_norms(list(value), limit)
         losses.append(float(bandit_loss(value[0], 5.0).detach()))
     return losses, value[0].detach()
 
@@ -254,7 +254,7 @@ def test_projection_scales_only_what_is_too_long_and_counts_it() -> None:
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
         module.bias.copy_(torch.tensor([0.5, 0.0]))
-    assert project_norms(module, 1.0) == 1
+    assert project_norms(list(module.parameters()), 1.0) == 1
     torch.testing.assert_close(module.weight.detach(), torch.tensor([[0.6, 0.0], [0.0, 0.8]]))
     assert module.bias.tolist() == [0.5, 0.0]
 
@@ -262,7 +262,7 @@ def test_projection_scales_only_what_is_too_long_and_counts_it() -> None:
 def test_a_target_follows_its_network() -> None:
     source, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     wanted = 0.75 * target.weight.detach() + 0.25 * source.weight.detach()
-    follow(target, source, 0.25)
+    follow(list(target.parameters()), list(source.parameters()), 0.25)
     torch.testing.assert_close(target.weight.detach(), wanted)
 
 
