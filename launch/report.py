@@ -24,8 +24,9 @@ CURVES = ("bins", "levels")
 NOT_FACTS = ("stages", "comparisons", "format", "sweep")
 """Parts of the summary that stand in tables of their own."""
 TEMPLATES = Path(__file__).parent / "templates"
-SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|invalid)(@\d+)?(/.*)?|n"
-SMALLER_IS_BETTER = r"invalid.*"
+SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|ild|repetition|reward|invalid)(@\d+)?(/.*)?|n"
+SMALLER_IS_BETTER = r"(invalid|repetition).*"
+FAMILIES = ("hr", "ndcg", "recall", "mrr", "coverage", "novelty", "ild", "repetition", "reward", "invalid", "n")
 
 
 def report_command(
@@ -227,7 +228,7 @@ def stage_tables(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
         if numbers and column != "n" and len(set(numbers)) > 1:
             best[column] = min(numbers) if re.fullmatch(SMALLER_IS_BETTER, column) else max(numbers)
     tables = []
-    for families in (("hr",), ("ndcg",), ("recall",), ("mrr",), ("coverage", "novelty", "invalid", "n")):
+    for families in (*((name,) for name in FAMILIES[:4]), FAMILIES[4:]):
         chosen = [c for c in columns if re.split(r"[@/]", c)[0] in families]
         if chosen:
             rows = [
@@ -250,10 +251,9 @@ def _cell(
 
 
 def _column_order(column: str) -> tuple[int, int, str]:
-    families = ("hr", "ndcg", "recall", "mrr", "coverage", "novelty", "invalid", "n")
     family = re.split(r"[@/]", column)[0]
     cutoff = re.search(r"@(\d+)", column)
-    return families.index(family), int(cutoff[1]) if cutoff else 0, column
+    return FAMILIES.index(family), int(cutoff[1]) if cutoff else 0, column
 
 
 def comparison_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -359,6 +359,8 @@ def plots(steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Mapping[str, 
         ("Reward", draw.lines(steps, draw.names(steps, r"reward/mean"), ylabel="mean reward")),
         ("Reward within groups", draw.lines(steps, draw.names(steps, r"reward/(std|hit)"), ylabel="share, reward")),
         ("Loss", draw.lines(steps, draw.names(steps, r"(?!tokens/)(?:.*/)?(?:loss|nll)"), ylabel="loss")),
+        ("Terms of the critics", draw.lines(steps, draw.names(steps, r"td|gap|grounding"), ylabel="mean over rows")),
+        ("Values of the first critic", draw.lines(steps, draw.names(steps, r"(data|policy)_value"), ylabel="value")),
         ("NDCG while training", draw.lines(steps, [n for n in evaluated if "ndcg" in n], ylabel="NDCG@K")),
         ("AUC and its windows", draw.lines(steps, draw.names(steps, r"auc|wpauc@\d+"), ylabel="share of pairs")),
         ("HR while training", draw.lines(steps, [n for n in evaluated if "hr@" in n], ylabel="HR@K")),

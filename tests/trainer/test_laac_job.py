@@ -171,7 +171,9 @@ def test_a_continued_run_is_the_run_that_was_not(
     stage = summary["stages"]["laac"]
     assert {"recall@5", "ndcg@5", "reward@5", "repetition@5", "coverage@5", "ild@5"} <= set(stage)
     assert stage["invalid"]["constrained"] == 0
-    assert "NDCG while training" in render(whole)
+    page = render(whole)
+    for words in ("NDCG while training", "Terms of the critics", "Values of the first critic", "repetition@5"):
+        assert words in page
     # What the run measured on the test rows is what `windlass eval` measures.
     answer = tmp_path / "answer.json"
     capsys.readouterr()
