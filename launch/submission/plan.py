@@ -12,7 +12,7 @@ from data.errors import RequestError
 from launch.submission.environment import plain_variables, refuse_written_secrets, secret_names
 from launch.submission.gpu_hours import Estimate, estimate
 from launch.submission.settings import SubmitSettings, Target
-from trainer.jobs import Job, PolicyJobSettings, RlJob
+from trainer.jobs import Job, LaacJob, PolicyJobSettings, RlJob
 from trainer.settings import Device
 
 NOT_SUBMITTED = ("submit",)
@@ -129,6 +129,8 @@ def _checked_train(arguments: list[str], target: Target) -> Job:
 
 def job_needs(job: Job | None, *, on_gpus: bool) -> dict[str, float]:
     """CPUs and GPUs that the parts of a job ask Ray for; a learner takes a GPU where the nodes have some."""
+    if isinstance(job, LaacJob):
+        return _laac_needs(job, on_gpus=on_gpus)
     if not isinstance(job, PolicyJobSettings):
         return {}
     learner_gpus = job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus)
@@ -138,6 +140,14 @@ def job_needs(job: Job | None, *, on_gpus: bool) -> dict[str, float]:
         gpus += job.reward.replicas * job.reward.num_gpus
         cpus += job.reward.replicas * job.reward.num_cpus
     return {"gpus": float(gpus), "cpus": cpus}
+
+
+def _laac_needs(job: LaacJob, *, on_gpus: bool) -> dict[str, float]:
+    """The engines of a reference that is asked are gone when the ranks start; a single rank asks Ray for nothing."""
+    ranks = job.laac.ranks if job.laac.ranks > 1 else 0
+    engines = job.rollout.engines if job.laac.reference.model is not None else 0
+    on_cuda = job.laac.device is Device.CUDA or (job.laac.device is Device.AUTO and on_gpus)
+    return {"gpus": float(max(engines * job.rollout.gpus, ranks * on_cuda)), "cpus": float(max(engines, ranks))}
 
 
 def _check_amounts(plan: Plan) -> None:

@@ -22,6 +22,7 @@ from data.errors import RequestError
 from data.transitions import Sessions
 from launch.cli import run
 from launch.report import render
+from launch.submission.plan import job_needs
 from reward.batch_scoring import score_batch
 from reward.laac import ItemNetwork, LaacRanker, LaacShape
 from reward.ranker import CatalogueRanker, load_ranker
@@ -280,3 +281,12 @@ def test_bad_requests_are_one_line(
 def test_settings_make_a_learner_like_the_others() -> None:
     own = LaacSettings(ranks=2, batch=64).learner()
     assert (own.ranks, own.zero_stage, own.grad_clip) == (2, 0, 0.0)
+
+
+def test_a_submission_knows_what_a_job_needs(dataset: Dataset) -> None:
+    one = LaacJob.model_validate(content(dataset))
+    many = LaacJob.model_validate(content(dataset, ranks=4))
+    asking = LaacJob.model_validate(content(dataset, ranks=2, reference={"kind": "llm", "model": "runs/sft"}))
+    assert job_needs(one, on_gpus=True) == {"gpus": 0.0, "cpus": 0.0}
+    assert job_needs(many, on_gpus=True) == {"gpus": 4.0, "cpus": 4.0}
+    assert job_needs(asking, on_gpus=False) == {"gpus": 0.0, "cpus": 2.0}
