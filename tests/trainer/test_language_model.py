@@ -23,6 +23,7 @@ from data.codes import Codes
 from data.dataset import Dataset
 from data.errors import RequestError
 from data.records import NO_ITEM, Decode, DecodeSpec
+from data.settings_data import PromptSettings
 from data.text_items import code_catalogue
 from data.text_prompts import TextPromptBuilder
 from data.text_settings import TextSettings
@@ -37,6 +38,7 @@ from trainer.model_growth import grow_model, has_grown
 from trainer.policy import Policy, full_log_probabilities, load_language_model
 from trainer.policy_data import PolicyData
 from trainer.policy_jobs import windows
+from trainer.prompt_card import PromptCard
 from trainer.trees import Completions, completion_pieces, lay_out
 
 
@@ -158,6 +160,19 @@ def test_a_continued_model_keeps_its_tokens(bases: Path, dataset: Dataset, tmp_p
     Catalogue.build(dataset, "default").save(plain / "catalogue")
     with pytest.raises(RequestError, match=r"init: .* is no language model; legal: text\.items: null"):
         Language.open(str(plain), TextSettings(items="codes"), dataset, "default")
+
+
+def test_a_folder_says_how_its_prompts_are_written(bases: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """What serving, simulation and evaluation read: the card and the tokenizer of a checkpoint's folder."""
+    text = TextSettings(items="codes", history="codes", form="plain", instruction="Next?")
+    language, folder = start(bases / "smollm", dataset, tmp_path / "initial")
+    shown = PromptSettings(dataset=dataset.path, history=4, max_prompt_tokens=120)
+    PromptCard.of(shown, text=text).write(folder)
+    own = TextPromptBuilder(language.catalogue, 4, True, 120, settings=text, tokenizer=language.tokenizer)
+    read = PromptCard.read(folder).builder(Catalogue.load(folder / "catalogue"), folder)
+    history = np.array([3, 1, 40], dtype=np.int32)
+    assert read.prompt(history)[0].token_ids.tolist() == own.prompt(history)[0].token_ids.tolist()
+    assert language.tokenizer.decode(read.prompt(history)[0].token_ids.tolist()).startswith("Next?\n- <a_0><b_3>\n")
 
 
 @pytest.mark.parametrize("more", [2, 60])
