@@ -307,7 +307,7 @@ def check_reference(job: LaacJob) -> None:
         RequestError: no model where one is named, or neither a model nor a written cache.
     """
     reference = job.laac.reference
-    if reference.kind is not ReferenceKind.LLM:
+    if reference.kind is not ReferenceKind.LLM or not job.laac.method.asks:
         return
     if reference.model is not None:
         model_folder(reference.model)

@@ -24,6 +24,7 @@ from data.errors import RequestError, RunError
 from data.records import FloatArray, IntArray
 from data.split import Chronological
 from data.transitions import Sessions
+from reward.artefact import RankerArtefact
 from reward.laac import LaacRanker, LaacShape
 from reward.metrics import tail_items
 from trainer.checkpoints import CheckpointStore, Facts, open_checkpoint, open_model, read_manifest
@@ -106,6 +107,9 @@ class LaacRun:
             RequestError: no model, a cache that was asked otherwise, or one without an answer for these states.
         """
         settings, transitions = self.job.laac.reference, self.sessions.transitions
+        if not self.job.laac.method.asks:
+            none = (len(transitions), 1)
+            return np.zeros(none, np.int32), np.zeros(none, np.float32), {}, None
         if settings.kind is ReferenceKind.LOGGED:
             actions = self.sessions.item_E[transitions.event_N][:, None]
             return actions, np.ones(actions.shape, np.float32), {}, None
@@ -148,7 +152,9 @@ class LaacRun:
         """
         job = self.job
         item_NR, weight_NR, counts, answers = self.reference()
-        facts: dict[str, Any] = {"sessions": dict(self.sessions.counts), "reference": self._reference_facts(counts)}
+        facts: dict[str, Any] = {"sessions": dict(self.sessions.counts)}
+        if job.laac.method.asks:
+            facts["reference"] = self._reference_facts(counts)
         if job.laac.method is Method.REFERENCE:
             if answers is None:
                 raise RequestError("laac.reference.kind", "logged", "random or llm with method reference")
@@ -292,8 +298,6 @@ class LaacRun:
                 shutil.copytree(checkpoint / name, self.folder / name, dirs_exist_ok=True)
 
     def _policy(self, folder: Path) -> LaacRanker:
-        from reward.artefact import RankerArtefact
-
         return LaacRanker.from_artefact(RankerArtefact.open(folder))
 
     def _test(self, *, ranker: LaacRanker | None = None, answers: ReferenceAnswers | None = None) -> dict[str, Any]:
@@ -317,7 +321,11 @@ def needs_cluster(job: LaacJob, folder: Path) -> bool:
     if job.laac.ranks > 1 and job.laac.method is not Method.REFERENCE:
         return True
     reference = job.laac.reference
-    return reference.kind is ReferenceKind.LLM and not (reference.cache or folder / CACHE).is_file()
+    return (
+        job.laac.method.asks
+        and reference.kind is ReferenceKind.LLM
+        and not (reference.cache or folder / CACHE).is_file()
+    )
 
 
 def _unit(vector_ID: FloatArray) -> FloatArray:

@@ -28,6 +28,11 @@ class Method(StrEnum):
     REFERENCE = "reference"
     """Nothing: the reference's answers alone, as lists."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether the method uses a reference."""
+        return self in (Method.LAAC, Method.REFERENCE)
+
 
 class ReferenceKind(StrEnum):
     """Where the reference's answers come from."""
