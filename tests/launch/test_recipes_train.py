@@ -163,7 +163,7 @@ def check_rl(name: str, job: RlJob, steps: list[dict[str, Any]], summary: dict[s
         assert not missing, missing
     if job.objective.gate.kind is not GateKind.NONE:
         assert all(0 <= step["gate/open"] <= 1 for step in steps)
-    if job.feedback is not None:
+    if job.objective.anchor.is_member:
         assert all(step["anchor/not_legal"] == 0 for step in steps)
     if name in CLIPPING:
         shares = [step["ratio/clip_high_share"] + step["ratio/clip_low_share"] for step in steps]
@@ -181,7 +181,7 @@ def logged(job: RlJob) -> set[str]:
         names |= {"gate/open", "gate/hard"}
     if objective.gate.asks_negatives:
         names |= {"gate/head", "gate/tail", "gate_fail/timeout"}
-    if job.feedback is not None:
+    if objective.anchor.is_member:
         names |= {"anchor/weight_mean", "anchor/weight_max", "anchor/effective_size", "anchor/silent_share"}
     if objective.tempering.mode is not TemperingMode.NONE:
         names |= {"tempering/mean", "tempering/confidence"}
