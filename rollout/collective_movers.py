@@ -7,6 +7,7 @@ stays out of it. NCCL shares everything here but the constructor of the group.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -34,13 +35,27 @@ _ERROR_POLL_S = 0.05
 """How often a waiting side asks the store for the other's error: one round trip on the wire."""
 
 
-def _process_group(kind: MoverKind, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+def _process_group(endpoint: Endpoint, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """The last call: a gloo or NCCL group outside torch's global registry."""
-    if kind is MoverKind.GLOO:
-        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    if endpoint.kind is MoverKind.GLOO:
+        gloo: Any = dist.ProcessGroupGloo
+        gloo_options = gloo._Options()
+        gloo_options._timeout = timeout
+        # By default gloo listens where this host's name leads, which on many systems is the loopback address.
+        gloo_options._devices = [gloo.create_device(hostname=address_towards(endpoint.address.rpartition(":")[0]))]
+        return gloo(store, rank, size, gloo_options)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def address_towards(host: str) -> str:
+    """The address by which this machine is seen from `host`."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        # Connecting a datagram socket sends nothing; it chooses the route.
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 class _Group:
@@ -85,7 +100,7 @@ class _Group:
         deadline.wait(joined, "connection of all sides")
         left = timedelta(seconds=max(deadline.left, 0.1))
         try:
-            self._group = _process_group(self._endpoint.kind, self._store, self._rank, size, left)
+            self._group = _process_group(self._endpoint, self._store, self._rank, size, left)
         except RuntimeError as error:
             self._asked = 0.0
             self.raise_told()
