@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 
 from data.catalogue import Catalogue
-from data.records import NO_ITEM, Decode, Groups, Prompt
+from data.records import NO_ITEM, Decode, Groups, IntArray, LongArray, Prompt
 from rollout.list_violations import ListViolation, ListViolationCounter
 
 
@@ -53,35 +53,52 @@ class ViolationCounter:
         counts: Counter[Violation | ListViolation] = Counter({reason: 0 for reason in Violation})
         if not groups.spec.constrained:
             return counts
-        for row, prompt in enumerate(prompts):
-            valid_G = groups.valid_PG[row]
-            members = np.flatnonzero(valid_G)
-            if groups.prompt_id_P[row] != prompt.prompt_id or (members != np.arange(len(members))).any():
-                counts[Violation.ORDER] += 1
-            excluded = set(prompt.exclusions.tolist())
-            seen: set[bytes] = set()
-            for member in members:
-                length = int(groups.length_PG[row, member])
-                path = groups.token_PGT[row, member, :length].astype(np.int32).tobytes()
-                item = int(groups.item_PG[row, member])
-                counts.update(self._reasons(path, item, excluded))
-                if groups.spec.decode is not Decode.SAMPLE and path in seen:
-                    counts[Violation.DUPLICATE] += 1
-                seen.add(path)
-                logp_T = groups.logp_PGT[row, member, :length]
-                if not (np.isfinite(logp_T) & (logp_T <= 1e-6)).all():
-                    counts[Violation.LOG_PROBABILITY] += 1
+        valid_PG, tokens = groups.valid_PG, groups.shape[2]
+        asked_P = np.array([prompt.prompt_id for prompt in prompts], np.int64)
+        gaps_P = (valid_PG[:, 1:] & ~valid_PG[:, :-1]).any(1)
+        counts[Violation.ORDER] += int((gaps_P | (groups.prompt_id_P != asked_P)).sum())
+        row_M, member_M = np.nonzero(valid_PG)
+        length_M, item_M = groups.length_PG[row_M, member_M], groups.item_PG[row_M, member_M]
+        on_MT = np.arange(tokens) < length_M[:, None]
+        path_MT = np.where(on_MT, groups.token_PGT[row_M, member_M], -1).astype(np.int32)
+        # Every distinct pair of a path and an item is looked up once.
+        distinct, count = np.unique(np.column_stack([path_MT, length_M, item_M]), axis=0, return_counts=True)
+        for pair, times in zip(distinct, count.tolist(), strict=True):
+            path = pair[: pair[-2]].astype(np.int32).tobytes()
+            for reason in self._reasons(path, int(pair[-1])):
+                counts[reason] += times
+        counts[Violation.EXCLUDED] += self._excluded(prompts, row_M, path_MT, length_M, item_M)
+        if groups.spec.decode is not Decode.SAMPLE:
+            apart = np.unique(np.column_stack([row_M, length_M, path_MT]), axis=0)
+            counts[Violation.DUPLICATE] += len(row_M) - len(apart)
+        logp_MT = groups.logp_PGT[row_M, member_M]
+        wrong_MT = on_MT & ~(np.isfinite(logp_MT) & (logp_MT <= 1e-6))
+        counts[Violation.LOG_PROBABILITY] += int(wrong_MT.any(1).sum())
         return counts
 
-    def _reasons(self, path: bytes, item: int, excluded: set[int]) -> list[Violation]:
+    def _excluded(
+        self,
+        prompts: Sequence[Prompt],
+        row_M: LongArray,
+        path_MT: IntArray,
+        length_M: IntArray,
+        item_M: IntArray,
+    ) -> int:
+        """Completions that are the item they say, which the prompt may not get."""
+        found = 0
+        for row, prompt in enumerate(prompts):
+            if not len(prompt.exclusions):
+                continue
+            mine = np.flatnonzero(row_M == row)
+            for index in mine[np.isin(item_M[mine], prompt.exclusions)]:
+                path = path_MT[index, : length_M[index]].tobytes()
+                found += int(item_M[index]) in self._items_of_path.get(path, ())
+        return found
+
+    def _reasons(self, path: bytes, item: int) -> list[Violation]:
         items = self._items_of_path.get(path)
         if items is None:
             return [Violation.UNKNOWN_PATH]
         if item == NO_ITEM or item not in items:
             return [Violation.WRONG_ITEM]
-        reasons = []
-        if not self._active[item]:
-            reasons.append(Violation.RETIRED)
-        if item in excluded:
-            reasons.append(Violation.EXCLUDED)
-        return reasons
+        return [] if self._active[item] else [Violation.RETIRED]
