@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ MAY_CHANGE = (
     "learner.threads",
     "learner.activation_checkpointing",
     "learner.timeout_s",
+    "weights.host",
     "rollout.engines",
     "rollout.threads",
     "rollout.gpus",
@@ -94,6 +96,8 @@ class RunDirectory:
         """
         path = path.expanduser().resolve()
         try:
+            # Neither this process nor those it starts leave anything that everyone may write.
+            os.umask(os.umask(0o077) | stat.S_IWOTH)
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
@@ -109,6 +113,8 @@ class RunDirectory:
             ) from error
         run = cls(path, lock)
         try:
+            if path.stat().st_mode & stat.S_IWOTH:
+                raise RequestError("--run-dir", f"{path} may be written by everyone", f"chmod o-w {path}")
             run._claim(job, command)
         except BaseException:
             lock.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -268,6 +269,29 @@ def open_checkpoint(folder: Path, expected: Facts | None = None, *, below: str =
     if expected is not None:
         _check_facts(folder, manifest.facts, expected)
     return manifest
+
+
+def check_own(root: Path, folder: Path) -> None:
+    """Refuse learner state that somebody else could have put there: only a run's own checkpoints are continued.
+
+    From anywhere else a job takes `hf/` alone (`init`), which holds no code.
+
+    Raises:
+        RequestError: the checkpoint lies outside `root`, or belongs to another user, or everyone may write to it.
+    """
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise RequestError(str(folder), f"leads to {folder.resolve()}", f"a checkpoint inside {root}; or init for hf/")
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        facts = path.lstat()
+        if facts.st_uid != os.geteuid():
+            legal = "a file of the user who continues the run; init takes hf/ of any checkpoint"
+            raise RequestError(str(path), f"belongs to user {facts.st_uid}", legal)
+        if stat.S_ISLNK(facts.st_mode):
+            raise RequestError(str(path), "is a link", "the files that the run wrote")
+        if facts.st_mode & stat.S_IWOTH:
+            raise RequestError(
+                str(path), "may be written by everyone", f"chmod -R o-w {folder}, if you trust its content"
+            )
 
 
 def _check_facts(folder: Path, found: Facts, expected: Facts) -> None:

@@ -24,7 +24,7 @@ from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from reward.service import RewardService
 from trainer.anchor import Anchor, Snips
-from trainer.checkpoints import read_manifest
+from trainer.checkpoints import check_own, open_checkpoint
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
 from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_row_tokens, check_windows
@@ -371,8 +371,9 @@ def test_best(run: PolicyRun, *, interrupted: bool) -> dict[str, Any]:
     if not settings.test_rows or interrupted or run.fleet is None or best is None:
         return {}
     begun = time.monotonic()
+    check_own(run.store.root, best)
+    step = open_checkpoint(best, run.data.facts).step
     run.learners.load(best / STATE)
-    step = read_manifest(best).step
     run.push(step)
     evaluation = run.data.evaluator(run.job, "test").run(run.fleet)
     write_rows(run.run_dir, "test", evaluation, run.data, split="test")

@@ -84,6 +84,22 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "file", job_from(RECIPE))
 
 
+def test_no_folder_that_everyone_may_write(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with RunDirectory.open(tmp_path / "mine", job_from(RECIPE)) as run:
+            (run.path / "more").mkdir()
+        assert [path.stat().st_mode & 0o002 for path in (run.path, run.path / "more", run.path / "config.yaml")] == [
+            0
+        ] * 3
+        (tmp_path / "shared").mkdir(mode=0o777)
+        (tmp_path / "shared").chmod(0o777)
+        with pytest.raises(RequestError, match=r"--run-dir: .*shared may be written by everyone; legal: chmod o-w"):
+            RunDirectory.open(tmp_path / "shared", job_from(RECIPE))
+    finally:
+        os.umask(before)
+
+
 def test_leaves_are_dotted() -> None:
     assert dict(leaves({"a": {"b": 1, "c": {"d": [2]}}, "e": None})) == {"a.b": 1, "a.c.d": [2], "e": None}
     assert json.dumps(to_mapping(job_from(RECIPE)))

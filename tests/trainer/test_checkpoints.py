@@ -25,6 +25,7 @@ from trainer.checkpoints import (
     MANIFEST,
     CheckpointStore,
     Facts,
+    check_own,
     checkpoint_steps,
     model_folder,
     open_checkpoint,
@@ -228,3 +229,30 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(store: CheckpointSto
         raise error
     assert checkpoint_steps(store.root) == [1]
     assert [path.name for path in store.root.iterdir()] == ["step-000001"]
+
+
+def test_only_a_runs_own_state_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointSettings())
+    write(store, 1)
+    folder = store.path(1)
+    check_own(store.root, folder)
+
+    file = sorted(path for path in folder.rglob("*") if path.is_file())[0]
+    file.chmod(0o666)
+    with pytest.raises(RequestError, match="may be written by everyone"):
+        check_own(store.root, folder)
+    file.chmod(0o644)
+
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    store.path(2).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match=r"leads to .*elsewhere; legal: a checkpoint inside"):
+        check_own(store.root, store.path(2))
+
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match="more: is a link"):
+        check_own(store.root, folder)
+    (folder / "more").unlink()
+
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RequestError, match=f"belongs to user {os.getuid()}; legal: a file of the user who continues"):
+        check_own(store.root, folder)
