@@ -1,5 +1,5 @@
 # make demo: set everything up and run the main job on MovieLens-100K.  make test: set everything up and pass the tests.
-.PHONY: setup demo test test-long mutants bench check lock clean
+.PHONY: setup demo test test-long test-cluster mutants bench check lock clean
 .DEFAULT_GOAL := test
 PYTEST := .venv/bin/python -m pytest -p no:cacheprovider
 
@@ -15,6 +15,10 @@ test: setup check
 
 test-long: setup
 	@$(PYTEST) -q -m long
+
+# A job across three hosts in network namespaces, one of which is cut off; needs root. Part of test-long.
+test-cluster: setup
+	@$(PYTEST) -q -m long tests/launch/test_network.py
 
 # Break the stages on purpose, one mutation at a time: the pure tests must notice each.
 mutants: setup
