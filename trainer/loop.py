@@ -64,6 +64,7 @@ from trainer.phases import PhaseTimer
 from trainer.random_negatives import random_negatives
 from trainer.run_settings import GapAction
 from trainer.settings import Precision
+from trainer.staleness import within_bound
 from trainer.training_loop import Metrics, TrainingLoop
 from trainer.trees import Completions
 from trainer.window import Negatives
@@ -144,6 +145,8 @@ class RlLoop(TrainingLoop):
         self._check_rewards(batch.failure_N)
         prompts, scored, metrics = batch.prompts, batch.scored, dict(batch.metrics)
         groups = scored.groups
+        scored, told = self._within_bound(step, scored)
+        metrics |= told | _token_metrics(prompts, groups)
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         with self.timer.phase("reward"):
             scored, ranker, told = self._gate_scores(prompts, scored)
@@ -157,7 +160,7 @@ class RlLoop(TrainingLoop):
             scores = self.learners.score(asked, self.job.rollout.temperature)
             given = given_items(self.job.objective, prompts, feedback)
             compared = compared_tokens(prompts, groups, asked, whole.extra, given, scores.legal_PGT)
-            metrics |= self._check_staleness(step, groups) | self._check_gap(step, compared, asked, scores)
+            metrics |= self._check_gap(step, compared, asked, scores)
         with self.timer.phase("objective"):
             inputs, objective_metrics, log_mean = self._objective(
                 prompts, scored, whole, scores, ranker, feedback, negative_PN, batch.lists
@@ -168,6 +171,7 @@ class RlLoop(TrainingLoop):
 
         with self._wait():
             self._waiting = self._ahead.waiting()
+        metrics["queue/batches_waiting"] = float(len(self._waiting))
         self.state = dataclasses.replace(
             self.state,
             step=step,
@@ -200,20 +204,13 @@ class RlLoop(TrainingLoop):
             self.save_last_good()
             raise RunError(f"step {self.state.step + 1}: {verdict.message}")
 
-    def _check_staleness(self, step: int, groups: Groups) -> Metrics:
-        """Updates between the weights that generated the groups and those that train on them.
-
-        Raises:
-            RunError: groups are older than `max_staleness` allows: the fleet missed a push.
-        """
-        staleness_P = step - 1 - groups.weight_version_P
-        if self.job.max_staleness and staleness_P.max() > self.job.max_staleness:
+    def _within_bound(self, step: int, scored: ScoredGroups) -> tuple[ScoredGroups, Metrics]:
+        """The groups, without those that are too old; see `trainer.staleness`."""
+        try:
+            return within_bound(scored, step, self.job.max_staleness)
+        except RunError:
             self.save_last_good()
-            raise RunError(
-                f"step {step}: groups of weight version {groups.weight_version_P.min()} arrived, "
-                f"{staleness_P.max()} updates old, more than max_staleness = {self.job.max_staleness}"
-            )
-        return {"staleness/mean": float(staleness_P.mean()), "staleness/max": float(staleness_P.max())}
+            raise
 
     def _check_gap(
         self, step: int, compared: tuple[FloatArray, BoolArray, int], completions: Completions, scores: ScoreOutputs
@@ -370,6 +367,14 @@ def _scaled(inputs: UpdateInputs, factor: int) -> UpdateInputs:
         nll_weight_PGT=inputs.nll_weight_PGT * factor,
         entropy_weight_PGT=None if inputs.entropy_weight_PGT is None else inputs.entropy_weight_PGT * factor,
     )
+
+
+def _token_metrics(prompts: Sequence[Prompt], groups: Groups) -> Metrics:
+    """Tokens of the step: prompts once, and all completions."""
+    return {
+        "tokens/prompt": float(sum(len(prompt.token_ids) for prompt in prompts)),
+        "tokens/completion": float(groups.token_mask_PGT.sum()),
+    }
 
 
 def _score_metrics(scores: ScoreOutputs, groups: Groups) -> Metrics:
