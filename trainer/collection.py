@@ -19,7 +19,7 @@ import numpy as np
 from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.faults import fault_point
-from data.feed import Feed
+from data.feed_ahead import FeedAhead
 from data.feedback import Anchors
 from data.records import DecodeSpec, Groups, Prompt, ScoredGroups
 from reward.scoring import RewardScorer
@@ -65,7 +65,7 @@ class Collector:
     """Collects the batches of one job, in the order of its steps."""
 
     job: RlJob
-    feed: Feed
+    feed: FeedAhead
     rollouts: Rollouts
     rewards: RewardScorer
     catalogue: Catalogue
@@ -87,7 +87,7 @@ class Collector:
                 first, lambda seen: self._further(seen, counts, step, timer), self.job.group.extra_batches
             )
             metrics |= told
-        epoch = self.feed.epoch + self.feed.batch / self.feed.batches_per_epoch
+        epoch = self.feed.epochs
         metrics |= {"epoch": epoch, "prompts": float(len(drawn.prompts))}
         metrics |= {f"prompts/{why}": float(n) for why, n in counts.items()}
         return Batch(batch.prompts, batch.scored, failure_N, metrics, epoch, batch.lists)

@@ -33,6 +33,7 @@ import torch
 from data.catalogue import Catalogue
 from data.errors import RunError
 from data.feed import Feed
+from data.feed_ahead import FeedAhead
 from data.feedback import Anchors
 from data.records import BoolArray, FloatArray, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
@@ -98,11 +99,15 @@ class RlLoop(TrainingLoop):
         self._waiting: dict[int, Batch] = {}
 
     @cached_property
+    def _drawn(self) -> FeedAhead:
+        return FeedAhead(self.feed)
+
+    @cached_property
     def _collector(self) -> Collector:
         assert self.rollouts is not None
         return Collector(
             job=self.job,
-            feed=self.feed,
+            feed=self._drawn,
             rollouts=self.rollouts,
             rewards=self.rewards,
             catalogue=self.catalogue,
@@ -136,6 +141,7 @@ class RlLoop(TrainingLoop):
     def close(self) -> None:
         """See `TrainingLoop`."""
         self._ahead.close()
+        self._drawn.close()
 
     def step(self) -> Metrics:
         """Take a batch, score, update, push."""
@@ -175,7 +181,7 @@ class RlLoop(TrainingLoop):
         self.state = dataclasses.replace(
             self.state,
             step=step,
-            cursor=dict(self.feed.state_dict()),
+            cursor=dict(self._drawn.state_dict()),
             epochs=batch.epoch,
             failures=dict(self.tracker.state_dict()),
             anchor_log_mean=log_mean,
