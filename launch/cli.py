@@ -171,6 +171,16 @@ COMMANDS: dict[str, Command] = {
         summary="time requests to the service on loopback, and kill it under load",
         answers=True,
     ),
+    "bench orchestrator": Command(
+        target="launch.bench.orchestrator:orchestrator_command",
+        summary="how many simulated engines one driver keeps at work",
+        answers=True,
+    ),
+    "bench scale": Command(
+        target="launch.bench.scale:scale_bench_command",
+        summary="time whole steps with more engines and learners",
+        answers=True,
+    ),
     "bench suite": Command(
         target="launch.bench.suite:suite_command",
         summary="the benchmarks, small, against the ratios last accepted (make bench)",
@@ -180,6 +190,14 @@ COMMANDS: dict[str, Command] = {
         target="launch.submission.command:submit_command",
         summary="any of these commands on a cluster: a Ray job, Slurm, or a KubeRay RayJob",
         own_arguments=True,
+    ),
+    "status": Command(
+        target="launch.status_command:status_command", summary="where a run is: step, engines, queues", answers=True
+    ),
+    "scale": Command(
+        target="launch.status_command:scale_command",
+        summary="change the number of engines of a running job",
+        answers=True,
     ),
     "report": Command(target="launch.report:report_command", summary="the HTML report of a run, registry or replay"),
     "compare": Command(

@@ -23,7 +23,7 @@ from data.faults import FAULT_VARIABLE
 from launch.node_check import check_nodes
 from launch.provenance import ROOT, package_digest
 from launch.user_path import PACKAGES, append_user_path
-from trainer.run_settings import ClusterSettings
+from trainer.run_settings import LOCAL, ClusterSettings
 
 DIGEST_VARIABLE = "WINDLASS_PACKAGE_DIGEST"
 UNCHECKED = "unchecked"
@@ -36,8 +36,6 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a submitted job: the job's runtime environment."""
 CONNECT_S = 10.0
 """Seconds within which a cluster's address must take a connection."""
-LOCAL = "local"
-"""Ray's name for a cluster of one's own, as an address."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
 _HELD: list[bool] = []
@@ -129,7 +127,7 @@ def cluster(
         "log_to_driver": not quiet,
         "logging_level": logging.ERROR if quiet else logging.INFO,
     }
-    address = settings.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    address = settings.address_or_local
     if address == LOCAL:
         arguments |= {
             "address": LOCAL,

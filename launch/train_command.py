@@ -18,6 +18,7 @@ from trainer.interruption import Interruption
 from trainer.jobs import CriticJob, Job, LaacJob, PolicyJobSettings, RankerJob, RlJob, SftJob
 from trainer.learner_group import LearnerLost
 from trainer.run_log import RunLog
+from trainer.run_status import StatusFile
 
 
 def train(job: Job, run: RunDirectory) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def train(job: Job, run: RunDirectory) -> dict[str, Any]:
         elif isinstance(job, LaacJob):
             summary = train_laac_job(job, run, interruption)
         else:
+            StatusFile(run_dir=run.path).begin()
             with cluster(job.cluster, folders=[run.path]):
                 summary = train_policy_job(job, run, interruption)
         summary["peak_pss_gib"] = memory.peak_pss_gib

@@ -30,6 +30,7 @@ from rollout.receiving import PushFault, PushMessage, Receipt
 
 _PEER_SHARE = 0.8
 """Share of the deadline the two ends give themselves: their own words are better than our stopwatch."""
+LOOPBACK = "127.0.0.1"
 _GRACE_S = 3.0
 """How long the others may still report after the first error; the first is often only an echo of the cause."""
 
@@ -51,8 +52,8 @@ class ChannelSettings(Settings):
     """How often in one push failed engines are replaced and the push repeated."""
     folder: str = ""
     """Folder of the file mover, seen by all nodes."""
-    host: str = "127.0.0.1"
-    """Address of the learner's first rank (gloo and nccl)."""
+    host: str | None = None
+    """Address of the learner's first rank, seen by all engines (gloo and nccl); none takes what Ray knows."""
     test_fault: PushFault = PushFault.NONE
     """Test-only: what goes wrong."""
     test_fault_version: int = Field(1, ge=0)
@@ -145,8 +146,8 @@ class WeightChannel:
     probe: Probe
     dtype: str
     """Type the engines compute in: decides the limit of the probe."""
-    replace: Callable[[str], Peer] | None = None
-    """Starts a fresh engine in the place of a failed one."""
+    replace: Callable[[str], Peer | None] | None = None
+    """Starts a fresh engine in the place of a failed one; none where the push is to go on without it."""
     workers_per_engine: int = 1
     """Receivers behind one engine (tensor parallel workers)."""
     version: int | None = None
@@ -181,7 +182,11 @@ class WeightChannel:
             raise PushError(-1 if self.version is None else self.version, self.failed)
         for name in sorted(self.failed):
             assert self.replace is not None
-            self.adopt(name, self.replace(name))
+            peer = self.replace(name)
+            if peer is None:
+                self.leave(name)
+            else:
+                self.adopt(name, peer)
             replaced.append(name)
 
     def adopt(self, name: str, peer: Peer) -> None:
@@ -238,7 +243,7 @@ class WeightChannel:
             ),
             buffer_bytes=HEADER_BYTES + min(layout.bucket_bytes, layout.total_bytes),
             slots=self.settings.slots,
-            host=self.settings.host,
+            host=self.settings.host or LOOPBACK,
             folder=self.settings.folder,
         )
         endpoint: Endpoint = self._ask_source(version, "open_push", request, deadline=deadline)

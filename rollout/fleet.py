@@ -8,14 +8,16 @@ silent goes to another one. Who may be asked is decided by `rollout.fleet_health
 |---------------------------------|--------------------------------|-------------------------------------------------|
 | `_dispatch`, engines at work    | the first answer               | an engine, its death, or `rollout.deadline_s`   |
 | `_dispatch`, nobody left to ask | `rejoin`                       | its own deadlines; without one, `EngineFailure` |
-| `recover`, before a push        | who is starting, or suspect    | an answer, or `rollout.start_deadline_s`        |
+| `recover`, before a push        | who is suspect                 | an answer, or `PING_S`                          |
+| `recover`, nobody is up         | the first engine that joins    | an answer, or `rollout.start_deadline_s`        |
+| nobody                          | an engine that joins           | it takes part in the first push that finds it up |
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from rollout.engine import engine_class, longest_sequence
 from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from rollout.group_decoder import has_exclusions
 from rollout.list_violations import ListViolation
+from rollout.placement import Placement, strategy
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation, ViolationCounter
 
@@ -60,7 +63,8 @@ class RolloutFleet:
     engines: dict[str, Any]
     """Actor handles by engine id; their methods are those of `rollout.engine.Engine`."""
     _violations: ViolationCounter
-    _actor_options: Mapping[str, Any]
+    placement: Placement
+    """Where the engines go."""
     violations: Counter[Violation | ListViolation] = field(default_factory=Counter)
     """`constraint.violations`: over all requests so far, by reason; must stay 0."""
     shards: Counter[str] = field(default_factory=Counter)
@@ -72,6 +76,12 @@ class RolloutFleet:
     """Told of every lost engine while others carry on; may `relaunch` it."""
     rejoin: Callable[[EngineFailure], None] | None = None
     """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
+    joining: dict[str, Any] = field(default_factory=dict)
+    """Engines that come up while others carry on and have not answered yet → their first answer."""
+    most_waiting: int = 0
+    """Most shards of a request that waited for an engine since somebody set this to 0."""
+    _numbered: int = 0
+    """Engines that have had a number so far."""
     _pushed: bool = False
     """Whether a push has taken the place of the weights of `hf_dir`."""
 
@@ -85,7 +95,7 @@ class RolloutFleet:
         hf_dir: Path,
         catalogue: Catalogue,
         *,
-        actor_options: Mapping[str, Any] | None = None,
+        placement: Placement | None = None,
     ) -> RolloutFleet:
         """Start the engines side by side; Ray must be initialised.
 
@@ -93,19 +103,19 @@ class RolloutFleet:
             settings: the engines.
             hf_dir: folder with model, tokenizer and `catalogue/`, seen by every node.
             catalogue: what returned items are checked against, by independent code.
-            actor_options: further options of the Ray actors.
+            placement: where the engines go; by default on any node.
 
         Raises:
             RequestError: a setting that the model or the cluster cannot meet.
+            RunError: there is no room for an engine.
             EngineFailure: an engine did not come up in time.
         """
         longest_sequence(settings, Path(hf_dir))
         _check_resources(settings)
-        options = dict(actor_options or {})
-        fleet = RolloutFleet(settings, Path(hf_dir), {}, ViolationCounter(catalogue), options)
+        fleet = RolloutFleet(settings, Path(hf_dir), {}, ViolationCounter(catalogue), placement or Placement())
         try:
-            for index in range(settings.engines):
-                engine_id = f"{settings.engine.value}-{index}"
+            for _ in range(settings.engines):
+                engine_id = fleet._next_name()
                 fleet.engines[engine_id] = fleet._launch(engine_id)
             fleet._await_start(list(fleet.engines))
         except BaseException:
@@ -113,22 +123,23 @@ class RolloutFleet:
             raise
         return fleet
 
+    def _next_name(self) -> str:
+        self._numbered += 1
+        return f"{self.settings.engine.value}-{self._numbered - 1}"
+
     def _launch(self, engine_id: str) -> Any:
         import ray
 
-        settings = self.settings
-        runtime_env = dict(self._actor_options.get("runtime_env", {}))
-        runtime_env["env_vars"] = {
-            **internals.environment(threads=settings.compute_threads),
-            **runtime_env.get("env_vars", {}),
-        }
+        settings, place = self.settings, self.placement
+        room = place.reserve(engine_id, [place.bundle(cpus=1, gpus=settings.gpus)])
         options = {
             "num_cpus": 1,
             "num_gpus": settings.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            **self._actor_options,
-            "runtime_env": runtime_env,
+            "runtime_env": {"env_vars": internals.environment(threads=settings.compute_threads)},
+            # The bundle of a pair has the number of the engine.
+            "scheduling_strategy": strategy(room, 0 if place.shared is None else int(engine_id.rpartition("-")[2])),
         }
         self.health.launched(engine_id, time.monotonic())
         actor = ray.remote(engine_class(settings)).options(**options)
@@ -186,14 +197,15 @@ class RolloutFleet:
         size = self.settings.shard_size
         exclude = has_exclusions(prompts)
         shards = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        parts = self._dispatch(
-            [("generate", (shard, spec), {"exclude": exclude}) for shard in shards],
-        )
+
+        def check(index: int, part: Groups) -> None:
+            self.violations.update(self._violations.count(shards[index], part))
+
+        parts = self._dispatch([("generate", (shard, spec), {"exclude": exclude}) for shard in shards], check)
         groups = Groups.concat(parts)
         if len(set(groups.weight_version_P.tolist())) > 1:
             found = sorted(set(groups.weight_version_P.tolist()))
             raise RunError(f"the engines answered with weight versions {found}; one request needs one version")
-        self.violations.update(self._violations.count(prompts, groups))
         return groups
 
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
@@ -205,44 +217,62 @@ class RolloutFleet:
         ]
         return [logp for part in self._dispatch(calls) for logp in part]
 
-    def _dispatch(self, calls: Sequence[_Call]) -> list[Any]:
+    def _dispatch(self, calls: Sequence[_Call], check: Callable[[int, Any], None] | None = None) -> list[Any]:
         """Results of the calls, in their order; each goes to the engine that is free first.
+
+        `check` looks at each result, given its index, while other engines still work.
 
         Raises:
             EngineFailure: a call failed on several engines, or nobody is left and `rejoin` brings nobody back.
         """
-        import ray
-
         work = _Work(waiting=deque(range(len(calls))), results=[None] * len(calls))
+        able = len(self.health.named(EngineState.HEALTHY))
+        self.most_waiting = max(self.most_waiting, len(calls) - able)
         # After a failure the calls still under way run out by themselves: a cancelled one leaves a gap in the actor's
         # sequence of calls, for which Ray then waits 30 s.
         while work.waiting or work.running:
-            busy = {engine_id for _, engine_id, _ in work.running.values()}
-            for engine_id in self.health.named(EngineState.HEALTHY):
-                if work.waiting and engine_id not in busy and engine_id not in work.failed:
-                    index = work.waiting.popleft()
-                    method, arguments, named = calls[index]
-                    reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
-                    work.running[reference] = index, engine_id, time.monotonic() + self.settings.deadline_s
+            self._hand_out(calls, work)
+            work.look(check)
             if not work.running:
                 self._bring_back(work)
                 continue
-            soonest = min(deadline for _, _, deadline in work.running.values())
-            ready, _ = ray.wait(list(work.running), timeout=max(0.0, soonest - time.monotonic()))
-            reference = ready[0] if ready else min(work.running, key=lambda one: work.running[one][2])
+            self._take_answers(work)
+        work.look(check)
+        return work.results
+
+    def _hand_out(self, calls: Sequence[_Call], work: _Work) -> None:
+        """Give every free engine a call."""
+        busy = {engine_id for _, engine_id, _ in work.running.values()}
+        for engine_id in self.health.named(EngineState.HEALTHY):
+            if work.waiting and engine_id not in busy and engine_id not in work.failed:
+                index = work.waiting.popleft()
+                method, arguments, named = calls[index]
+                reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
+                work.running[reference] = index, engine_id, time.monotonic() + self.settings.deadline_s
+
+    def _take_answers(self, work: _Work) -> None:
+        """Wait for an answer, and take all that are there; or the failure of the call that is overdue first."""
+        import ray
+
+        soonest = min(deadline for _, _, deadline in work.running.values())
+        ready, rest = ray.wait(list(work.running), timeout=max(0.0, soonest - time.monotonic()))
+        if ready and rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        overdue = not ready
+        for reference in ready or [min(work.running, key=lambda one: work.running[one][2])]:
             index, engine_id, _ = work.running.pop(reference)
             try:
-                if not ready:
+                if overdue:
                     what = f"no answer within rollout.deadline_s, {self.settings.deadline_s} s"
                     raise EngineFailure(engine_id, what, LossReason.SILENT)
                 work.results[index] = self._result(engine_id, reference, self.settings.deadline_s, f"shard {index}")
             except EngineFailure as failure:
                 self._lost(failure, index, work)
                 continue
+            work.unchecked.append(index)
             self.shards[engine_id] += 1
             if index in work.accused:
                 self._blame(work.accused.pop(index))
-        return work.results
 
     def _lost(self, failure: EngineFailure, index: int, work: _Work) -> None:
         """Put the shard back in front and see who is to blame: the engine, or the shard itself.
@@ -289,35 +319,90 @@ class RolloutFleet:
             raise last
 
     def relaunch(self, engine_id: str) -> None:
-        """Start a fresh process in the place of an engine that is not to be asked; does not wait for it."""
+        """Start a fresh process in the place of an engine that is not to be asked; does not wait for it.
+
+        It joins like a newcomer, so that no push waits for a node that may not come back.
+        """
         import ray
 
         ray.kill(self.engines[engine_id])
         now, incarnation = time.monotonic(), self.incarnations()[engine_id]
         self.health.died(engine_id, incarnation, LossReason.DIED, now)
         self.engines[engine_id] = self._launch(engine_id)
+        self.joining[engine_id] = self.engines[engine_id].describe.remote()
+
+    def add(self) -> str:
+        """Launch one engine more; does not wait for it. It is asked after the first push that finds it up.
+
+        Only while no request is under way.
+
+        Raises:
+            RunError: there is no room for it.
+        """
+        engine_id = self._next_name()
+        engine = self._launch(engine_id)
+        self.engines[engine_id] = engine
+        self.joining[engine_id] = engine.describe.remote()
+        return engine_id
+
+    def remove(self, engine_id: str) -> None:
+        """End an engine for good, dead or alive; only while no request is under way."""
+        import ray
+
+        ray.kill(self.engines.pop(engine_id))
+        self.joining.pop(engine_id, None)
+        self.health.removed(engine_id)
+        self.placement.release(engine_id)
+
+    def _welcome(self) -> None:
+        """Take in who has joined and is up by now; the others join a later push, or are dead at their deadline."""
+        import ray
+
+        for engine_id, ready in list(self.joining.items()):
+            up = bool(ray.wait([ready], timeout=0)[0])
+            engine, now = self.health.engines[engine_id], time.monotonic()
+            if not up and now - engine.since < self.settings.start_deadline_s:
+                continue
+            del self.joining[engine_id]
+            try:
+                if not up:
+                    raise EngineFailure(engine_id, "did not come up in time", LossReason.NOT_UP)
+                self._result(engine_id, ready, 0.0, "joining")
+            except EngineFailure as failure:
+                self.health.died(engine_id, engine.incarnation, failure.reason, now)
+                self.losses[failure.reason] += 1
+            else:
+                self.health.answered(engine_id, engine.incarnation, now)
 
     def recover(self) -> list[str]:
-        """Before a push: wait for who is starting, ask who is under suspicion; returns who is dead for good.
+        """Before a push: ask who is under suspicion, take in who is up; returns who is dead for good.
 
-        The others are STALE or HEALTHY and take part in the push.
+        The others are STALE or HEALTHY and take part in the push, but for those that are still joining. Where nobody
+        else is left, the first one that joins is waited for.
         """
-        for engine_id in self.health.named(EngineState.STARTING, EngineState.SUSPECT):
+        import ray
+
+        self._welcome()
+        for engine_id in self.health.named(EngineState.SUSPECT):
             incarnation = self.incarnations()[engine_id]
-            starting = self.health.engines[engine_id].state is EngineState.STARTING
-            patience = self.settings.start_deadline_s if starting else PING_S
             try:
-                self._result(engine_id, self.engines[engine_id].describe.remote(), patience, "coming back")
+                self._result(engine_id, self.engines[engine_id].describe.remote(), PING_S, "coming back")
             except EngineFailure as failure:
                 self.health.died(engine_id, incarnation, failure.reason, time.monotonic())
                 self.losses[failure.reason] += 1
             else:
                 self.health.answered(engine_id, incarnation, time.monotonic())
+        while self.joining and not self.health.named(EngineState.HEALTHY, EngineState.STALE):
+            launched = min(self.health.engines[name].since for name in self.joining)
+            patience = launched + self.settings.start_deadline_s - time.monotonic()
+            ray.wait(list(self.joining.values()), timeout=max(0.0, patience))
+            self._welcome()
         return self.health.named(EngineState.DEAD)
 
     def restart(self, engine_id: str) -> Any:
         """Kill an engine and start a fresh one in its place, with the weights of `hf_dir`; returns its handle."""
         self.relaunch(engine_id)
+        self.joining.pop(engine_id, None)
         self._await_start([engine_id])
         return self.engines[engine_id]
 
@@ -335,6 +420,7 @@ class RolloutFleet:
         for engine in self.engines.values():
             ray.kill(engine)
         self.engines.clear()
+        self.placement.release()
 
 
 @dataclass
@@ -344,6 +430,8 @@ class _Work:
     waiting: deque[int]
     """Indices of calls that nobody works on."""
     results: list[Any]
+    unchecked: list[int] = field(default_factory=list)
+    """Indices of results that nobody has looked at."""
     running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
     """Call under way → its index, its engine, when it is overdue."""
     failed: dict[str, EngineFailure] = field(default_factory=dict)
@@ -352,6 +440,13 @@ class _Work:
     """Call → the engine that raised on it, while no other engine has answered it."""
     tries: Counter[int] = field(default_factory=Counter)
     """Failures by call."""
+
+    def look(self, check: Callable[[int, Any], None] | None) -> None:
+        """Check the results that came since the last time."""
+        if check is not None:
+            for index in self.unchecked:
+                check(index, self.results[index])
+        self.unchecked.clear()
 
 
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]

@@ -30,8 +30,6 @@ class Placement:
     """Seconds until there must be room."""
     shared: Any = None
     """Group of pairs; None reserves groups of one's own."""
-    gpus: float | None = None
-    """GPUs of each actor; None takes what its own settings say."""
     _own: dict[str, Any] = field(default_factory=dict)
 
     def bundle(self, *, cpus: float, gpus: float) -> dict[str, float]:

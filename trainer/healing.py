@@ -1,7 +1,10 @@
 """Carries out what `trainer.failure_policy` decides about engines: restarts, and the way back through a verified push.
 
 an engine dies       → decision → launched again at once, beside the others' work
-before every push    → wait for who is starting, ask who is suspect; who stays away is decided about, or leaves
+before every push    → engines join and leave as `windlass scale` asks; who is still coming up joins a later push
+                     → ask who is suspect; wait for the first that comes up where nobody is; who stays away is decided
+                       about, or leaves
+a push to it fails   → launched again or gone, and the push is repeated without it
 the push is verified → its engines may be asked again, and nobody else
 nobody is left       → the same at once: the push of the present version is repeated, if the learners are at rest
 """
@@ -12,10 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from data.errors import RunError
 from rollout.channel import PushReport, WeightChannel
 from rollout.fleet import EngineFailure, RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
-from rollout.peers import RayPeer
+from rollout.peers import Peer, RayPeer
 from trainer.failure_policy import Action, Failure, Part, Situation, decide
 from trainer.run_settings import ClusterSettings
 
@@ -30,16 +34,20 @@ class Healing:
     learners_rest: bool
     """Whether the learners rest, with the weights of the last push, whenever the fleet works."""
     say: Callable[[str], None]
+    wanted: Callable[[], int | None] = lambda: None
+    """How many engines somebody asked for while the run is on; None while nobody did."""
     restarts: int = 0
     """Engines that were launched again."""
+    _scaled_to: int | None = None
     _failures: list[Failure] = field(default_factory=list)
     _known: dict[str, int] = field(default_factory=dict)
     """Incarnations that the channel sends to."""
 
     def __post_init__(self) -> None:
         """Take over what happens to engines."""
-        self._known = self.fleet.incarnations()
+        self._known = self._up()
         self.fleet.on_loss = self._lost
+        self.channel.replace = self._replaced
         self.fleet.rejoin = self._rejoin
 
     def push(self, version: int) -> PushReport:
@@ -49,9 +57,10 @@ class Healing:
             PushError: see `WeightChannel.push`.
             EngineFailure: no engine is left.
         """
+        self._scale()
         self._settle()
         report = self.channel.push(version)
-        self._known = self.fleet.incarnations()
+        self._known = self._up()
         self.fleet.verified({name: self._known[name] for name in self.channel.engines}, version)
         return report
 
@@ -61,6 +70,7 @@ class Healing:
         return {
             "system/engine_restarts": float(self.restarts),
             "system/engines_healthy": float(counts[EngineState.HEALTHY]),
+            "system/engines": float(sum(counts.values())),
             **{f"system/engines_lost/{reason}": float(count) for reason, count in self.fleet.losses.items()},
         }
 
@@ -68,6 +78,16 @@ class Healing:
         """A dead engine is launched again at once; one that may still answer is asked before the next push."""
         if failure.reason is LossReason.DIED:
             self._decide(failure)
+
+    def _replaced(self, name: str) -> Peer | None:
+        """An engine in which a push failed may hold a mixture of two versions: launched again, or it leaves.
+
+        Others do not wait for it: the push goes on without it, unless nobody else is left.
+        """
+        self.fleet.losses[LossReason.PUSH] += 1
+        self._decide(EngineFailure(name, "a push to it failed", LossReason.PUSH))
+        self._settle()
+        return self.channel.engines.get(name)
 
     def _decide(self, failure: EngineFailure) -> None:
         """Launch an engine again, or let it leave."""
@@ -82,8 +102,7 @@ class Healing:
             self.restarts += 1
             self.fleet.relaunch(name)
         else:
-            self.fleet.health.removed(name)
-            self.channel.leave(name)
+            self._leave(name)
 
     def _settle(self) -> None:
         """Bring every engine to an end of its doubts: up, or gone."""
@@ -94,10 +113,38 @@ class Healing:
                 self._decide(EngineFailure(name, f"did not come back ({reason.value})", reason))
         if not self.fleet.health.engines:
             raise EngineFailure("fleet", "no engine is left", LossReason.DIED)
-        for name, incarnation in self.fleet.incarnations().items():
+        for name in set(self.channel.engines) & set(self.fleet.joining):
+            self.channel.leave(name)
+        for name, incarnation in self._up().items():
             if self._known.get(name) != incarnation:
                 self.channel.adopt(name, RayPeer(name, [self.fleet.engines[name]]))
-        self._known = self.fleet.incarnations()
+        self._known = self._up()
+
+    def _up(self) -> dict[str, int]:
+        """Incarnations of the engines that take part in a push: all but those that are still joining."""
+        return {name: number for name, number in self.fleet.incarnations().items() if name not in self.fleet.joining}
+
+    def _leave(self, name: str) -> None:
+        self.fleet.remove(name)
+        self.channel.leave(name)
+
+    def _scale(self) -> None:
+        """Begin to be as many engines as were asked for last: newcomers are launched, the newest leave first."""
+        wanted = self.wanted()
+        if wanted is None or wanted == self._scaled_to:
+            return
+        self._scaled_to = wanted
+        names = list(self.fleet.health.engines)
+        self.say(f"scale: {len(names)} engines, {wanted} are wanted")
+        for name in names[wanted:]:
+            self._leave(name)
+        for _ in range(wanted - len(names)):
+            try:
+                name = self.fleet.add()
+            except RunError as error:
+                self.say(f"scale: stays at {len(self.fleet.health.engines)} engines: {error}")
+                return
+            self.say(f"scale: {name} is coming up")
 
     def _rejoin(self, failure: EngineFailure) -> None:
         if not self.learners_rest or self.channel.version is None:

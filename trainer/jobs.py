@@ -134,6 +134,8 @@ class PolicyJobSettings(JobSettings):
             raise RequestError("rollout.max_model_len", longest, f"more than data.max_prompt_tokens, {prompt}, or null")
         if self.lists.on:
             check_list_evaluation(self.lists, self.evaluation, logged=self.feedback is not None)
+        if self.cluster.colocated:
+            self._check_colocated()
         return self
 
     def _check_adapter_push(self) -> None:
@@ -144,6 +146,18 @@ class PolicyJobSettings(JobSettings):
         ):
             if found != legal:
                 raise RequestError(where, found, f"{legal}, or learner.lora.push: merged")
+
+    def _check_colocated(self) -> None:
+        ranks, rollout = self.learner.ranks, self.rollout
+        if rollout.engines != ranks:
+            raise RequestError("rollout.engines", rollout.engines, f"{ranks} like learner.ranks with cluster.colocated")
+        if rollout.tensor_parallel != 1:
+            raise RequestError("rollout.tensor_parallel", rollout.tensor_parallel, "1 with cluster.colocated")
+        if rollout.gpus and rollout.gpus + self.learner.gpus > 1:
+            legal = (
+                f"0, or at most {1 - self.learner.gpus:g} with cluster.colocated: learner.gpus is {self.learner.gpus:g}"
+            )
+            raise RequestError("rollout.gpus", rollout.gpus, legal)
 
 
 class SftJob(PolicyJobSettings):
@@ -217,6 +231,8 @@ class RlJob(PolicyJobSettings):
         check_list_objective(self, dumps=dumps)
 
     def _check_staleness(self) -> None:
+        if self.cluster.colocated:
+            raise RequestError("max_staleness", self.max_staleness, "0 with cluster.colocated: both work in turn")
         if self.rollout_only is not None or self.train_only is not None:
             raise RequestError("max_staleness", self.max_staleness, "0 with rollout_only or train_only")
         if self.objective.truncation.level is TruncationLevel.NONE:

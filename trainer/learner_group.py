@@ -17,6 +17,7 @@ from data.trie import ItemTrie
 from data.trie_constraint import TrieConstraint
 from rollout.movers import Endpoint, MoverRequest
 from rollout.peers import LocalPeer, Peer, RayPeer
+from rollout.placement import Placement
 from rollout.probe import Probe, ProbeAnswer
 from rollout.receiving import PushMessage, Receipt
 from trainer.learner import Learner, ScoreOutputs, SequenceRows
@@ -64,8 +65,10 @@ class LearnerActor(RankActor):
 class LearnerGroup(RankGroup):
     """All ranks of the learner."""
 
-    def __init__(self, settings: LearnerSettings, local: Learner | None, actors: list[Any]) -> None:
-        super().__init__(settings, local, actors)
+    def __init__(
+        self, settings: LearnerSettings, local: Learner | None, actors: list[Any], placement: Placement | None = None
+    ) -> None:
+        super().__init__(settings, local, actors, placement)
         self._source: Peer | None = None
 
     @classmethod
@@ -79,6 +82,7 @@ class LearnerGroup(RankGroup):
         *,
         reference_dir: Path | None = None,
         constraint: Constraint[Any] | None = None,
+        placement: Placement | None = None,
     ) -> LearnerGroup:
         """Start the ranks as Ray actors; Ray is initialised.
 
@@ -90,10 +94,11 @@ class LearnerGroup(RankGroup):
             total_steps: optimiser steps of the whole job, for the schedule.
             reference_dir: Hugging Face folder of a frozen reference policy; None loads none.
             constraint: what legal sets are replayed from; by default single items with exclusions.
+            placement: where the ranks go; by default near each other on any node.
 
         Raises:
             RequestError: the model cannot be used.
-            RunError: a rank failed, or the ranks did not meet in time.
+            RunError: there is no room, a rank failed, or the ranks did not meet in time.
         """
         arguments = {
             "settings": settings,
@@ -103,7 +108,7 @@ class LearnerGroup(RankGroup):
             "total_steps": total_steps,
             "reference_dir": reference_dir,
         }
-        return cls.start_ranks(settings, LearnerActor, arguments)
+        return cls.start_ranks(settings, LearnerActor, arguments, placement)
 
     @classmethod
     def local(

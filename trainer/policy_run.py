@@ -9,6 +9,7 @@ fails.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 
+from data.catalogue import Catalogue
 from data.errors import RequestError
 from reward.names import RankingMetric, at
 from rollout.channel import PushError, PushFailure, PushReport, WeightChannel
 from rollout.fleet import RolloutFleet
 from rollout.peers import RayPeer
+from rollout.placement import Placement, pairs, remove
 from rollout.probe import item_probe
-from trainer.checkpoints import CheckpointStore, open_checkpoint
+from trainer.checkpoints import CheckpointStore, check_own, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.healing import Healing
 from trainer.initial_model import own_initial_model
@@ -33,11 +36,14 @@ from trainer.learner_group import LearnerGroup, LearnerLost
 from trainer.list_evaluation import ListEvaluation, ListEvaluator
 from trainer.lora import live_adapter
 from trainer.policy_data import PolicyData
+from trainer.preflight import Plan, check_cluster, check_heads
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import write_row_metrics
 from trainer.row_scores import write_row_scores
+from trainer.run_gauges import RunGauges, rates
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
+from trainer.run_status import StatusFile
 from trainer.settings import Precision
 from trainer.thread_plan import ThreadPlan, plan_threads
 
@@ -72,6 +78,8 @@ class PolicyRun:
     """The initial model."""
     threads: ThreadPlan
     """Computing threads of engines and learners; `job` has their numbers."""
+    status: StatusFile
+    gauges: RunGauges
     _scored: tuple[int, float] | None = None
     versions: list[int] = dataclasses.field(default_factory=list)
     """Weight versions that became visible, in order."""
@@ -131,7 +139,15 @@ class PolicyRun:
             metrics = metrics | violations | {"constraint.violations": float(sum(violations.values()))}
         if self.healing is not None:
             metrics |= self.healing.metrics()
+        if self.fleet is not None:
+            metrics["system/shards_waiting"] = float(self.fleet.most_waiting)
+            self.fleet.most_waiting = 0
+        metrics |= rates(metrics)
         self.run_log.write(step, metrics)
+        restarts = 0 if self.healing is None else self.healing.restarts
+        self.gauges.record(step, metrics, self.fleet, restarts)
+        version = self.versions[-1] if self.versions else None
+        self.status.write(step=step, version=version, fleet=self.fleet, metrics=metrics)
 
     def interrupted(self) -> bool:
         """See `trainer.training_loop.Host`."""
@@ -190,6 +206,7 @@ def policy_run(
     newest = store.latest()
     state = RunState()
     if newest is not None:
+        check_own(store.root, newest)
         open_checkpoint(newest, data.facts)
         state = RunState.load(newest)
     # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
@@ -207,18 +224,21 @@ def policy_run(
         shape = live_adapter(job.learner.lora, hf_dir)
         job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"live_adapter": shape})})
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
-    check_cpus(job, with_fleet=with_fleet)
+    check_heads(job, hf_dir)
+    plan = check_cluster(job, with_fleet=with_fleet)
+    sys.stderr.write(plan.table() + "\n")
     with ExitStack() as stack:
         learners, fleet = start_parts(
             job,
             data,
             hf_dir,
             stack,
+            plan,
             total_steps=total_steps * updates_per_step,
             reference=reference,
             with_fleet=with_fleet,
         )
-        channel = None if fleet is None else weight_channel(job, data, learners, fleet)
+        channel = None if fleet is None else weight_channel(job, data.catalogue, learners, fleet)
         if newest is not None:
             learners.load(newest / STATE)
         run_log = stack.enter_context(
@@ -234,9 +254,12 @@ def policy_run(
         if newest is not None:
             run_log.say(f"continuing from {newest}")
         healing = None
+        status = StatusFile(run_dir=run_dir)
         if fleet is not None and channel is not None:
             rest = not isinstance(job, RlJob) or not job.max_staleness
-            healing = Healing(job.cluster, fleet, channel, learners_rest=rest, say=run_log.say)
+            healing = Healing(
+                job.cluster, fleet, channel, learners_rest=rest, say=run_log.say, wanted=status.wanted_engines
+            )
         yield PolicyRun(
             job=job,
             data=data,
@@ -252,27 +275,24 @@ def policy_run(
             checkpoint=newest,
             hf_dir=hf_dir,
             threads=threads,
+            status=status,
+            gauges=RunGauges(run_dir.name),
         )
 
 
-def check_cpus(job: SftJob | RlJob, *, with_fleet: bool) -> None:
-    """Refuse parts that together want more CPUs than the cluster has: Ray would let some of them wait for ever.
+def placements(job: SftJob | RlJob, plan: Plan) -> tuple[Placement, Placement]:
+    """Where engines and learner ranks go, in this order.
 
     Raises:
-        RequestError: names what each part wants.
+        RunError: there is no room for colocated pairs.
     """
-    import ray
-
-    wanted = {"learner.ranks": float(job.learner.ranks), "rollout.engines": float(job.rollout.engines * with_fleet)}
-    if isinstance(job, RlJob) and job.reward.ranker is not None:
-        wanted["reward.replicas x reward.num_cpus"] = job.reward.replicas * job.reward.num_cpus
-    total = ray.cluster_resources().get("CPU", 0.0)
-    needed = sum(wanted.values())
-    if needed > total:
-        parts = ", ".join(f"{name} {count:g}" for name, count in wanted.items())
-        raise RequestError(
-            "cluster.num_cpus", f"{total:g} logical CPUs", f"at least {needed:g} ({parts}), or fewer parts"
-        )
+    cluster, deadline_s = job.cluster, job.cluster.preflight_deadline_s
+    if not cluster.colocated:
+        engines = Placement(node=cluster.engine_node, deadline_s=deadline_s)
+        return engines, Placement(node=cluster.learner_node, deadline_s=deadline_s)
+    gpus = max((ask.gpus for ask in plan.asks if ask.part == "rollout.engines"), default=0.0)
+    group = pairs(job.rollout.engines, gpus=gpus, node=cluster.engine_node, deadline_s=deadline_s)
+    return Placement(shared=group), Placement(shared=group)
 
 
 def start_parts(
@@ -280,6 +300,7 @@ def start_parts(
     data: PolicyData,
     hf_dir: Path,
     stack: ExitStack,
+    plan: Plan,
     *,
     total_steps: int,
     reference: Path | None,
@@ -289,8 +310,15 @@ def start_parts(
 
     When both refuse, the learners' error is the one that is raised.
     """
+    for_engines, for_ranks = placements(job, plan)
+    if for_engines.shared is not None:
+        stack.callback(remove, for_engines.shared)
+
+    def start_fleet() -> RolloutFleet:
+        return RolloutFleet.start(job.rollout, hf_dir, data.catalogue, placement=for_engines)
+
     with ThreadPoolExecutor(1, thread_name_prefix="fleet-start") as pool:
-        starting = pool.submit(RolloutFleet.start, job.rollout, hf_dir, data.catalogue) if with_fleet else None
+        starting = pool.submit(start_fleet) if with_fleet else None
         try:
             learners = LearnerGroup.start(
                 job.learner,
@@ -300,6 +328,7 @@ def start_parts(
                 total_steps,
                 reference_dir=reference,
                 constraint=data.constraint(),
+                placement=for_ranks,
             )
             stack.callback(learners.close)
         finally:
@@ -308,7 +337,9 @@ def start_parts(
     return learners, None if starting is None else starting.result()
 
 
-def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup, fleet: RolloutFleet) -> WeightChannel:
+def weight_channel(
+    job: SftJob | RlJob, catalogue: Catalogue, learners: LearnerGroup, fleet: RolloutFleet
+) -> WeightChannel:
     """The channel from the learners to the fleet; a failed engine is restarted in place.
 
     Raises:
@@ -320,11 +351,10 @@ def weight_channel(job: SftJob | RlJob, data: PolicyData, learners: LearnerGroup
     def replaced(engine_id: str) -> RayPeer:
         return RayPeer(engine_id, [fleet.restart(engine_id)])
 
-    catalogue = data.catalogue
     paths = [catalogue.tokens(item) for item in range(catalogue.n_items)]
     types: set[Any] = {job.learner.dtype.value, job.rollout.dtype.value}
     return WeightChannel(
-        settings=job.weights,
+        settings=job.weights.model_copy(update={"host": job.weights.host or learners.host}),
         source=learners.source,
         engines={engine_id: RayPeer(engine_id, [actor]) for engine_id, actor in fleet.engines.items()},
         probe=item_probe(paths, bos=catalogue.vocabulary.bos, seed=job.seed),

@@ -80,11 +80,12 @@ class Plan:
 
 def asks(job: SftJob | RlJob, *, with_fleet: bool, on_gpus: bool) -> list[Ask]:
     """What the parts of a job ask for; a learner takes a GPU where there are some, unless it is set to the CPU."""
-    learner_gpus = float(job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus))
+    on_card = job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus)
+    learner_gpus = job.learner.gpus * on_card
     engines, cluster = job.rollout.engines * with_fleet, job.cluster
     wanted: list[Ask] = []
     if cluster.colocated and with_fleet:
-        gpus = max(job.rollout.gpus, learner_gpus)
+        gpus = job.rollout.gpus + learner_gpus
         wanted.append(Ask(part="rollout.engines", count=engines, cpus=2.0, gpus=gpus, node=cluster.engine_node))
     else:
         wanted.append(
@@ -162,7 +163,7 @@ def check_cluster(job: SftJob | RlJob, *, with_fleet: bool) -> Plan:
     deadline = time.monotonic() + (job.cluster.preflight_deadline_s if job.cluster.joins else 0.0)
     while True:
         nodes = alive_nodes()
-        on_gpus = sum(node.gpus for node in nodes) >= job.learner.ranks
+        on_gpus = sum(node.gpus for node in nodes) >= job.learner.ranks * job.learner.gpus
         plan = deal(asks(job, with_fleet=with_fleet, on_gpus=on_gpus), nodes)
         if plan.fits:
             return plan

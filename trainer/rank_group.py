@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from data.errors import RequestError, RunError
+from rollout.channel import LOOPBACK
+from rollout.placement import Placement, strategy
 from trainer.ranks import RankPlace
 from trainer.settings import Device, LearnerSettings
 
@@ -54,39 +56,58 @@ class RankActor:
 class RankGroup:
     """All ranks of something."""
 
-    def __init__(self, settings: LearnerSettings, local: Any, actors: list[Any]) -> None:
+    def __init__(
+        self, settings: LearnerSettings, local: Any, actors: list[Any], placement: Placement | None = None
+    ) -> None:
         self.settings = settings
+        self._placement = placement
+        self.host = LOOPBACK
+        """Address of the first rank: the loopback one where the whole cluster is one machine."""
         self._local = local
         self._actors = actors
 
     @classmethod
-    def start_ranks(cls, settings: LearnerSettings, kind: type[RankActor], arguments: dict[str, Any]) -> Self:
+    def start_ranks(
+        cls,
+        settings: LearnerSettings,
+        kind: type[RankActor],
+        arguments: dict[str, Any],
+        placement: Placement | None = None,
+    ) -> Self:
         """Start the ranks as Ray actors; Ray is initialised.
 
         Args:
             settings: how many ranks, where they compute, and how long they may take.
             kind: of the actors.
             arguments: of every rank.
+            placement: where the ranks go; by default near each other on any node.
 
         Raises:
             RequestError: the cluster can never give the ranks, or they refuse their arguments.
-            RunError: a rank failed, or the ranks did not meet in time.
+            RunError: there is no room, a rank failed, or the ranks did not meet in time.
         """
         import ray
 
         check_resources(settings)
         actor = ray.remote(kind)
+        placement = placement or Placement()
+        gpus = settings.gpus if _gpus(settings) else 0.0
+        room = placement.reserve("learner.ranks", [placement.bundle(cpus=1, gpus=gpus)] * settings.ranks)
         options: dict[str, Any] = {
             "num_cpus": 1,
-            "num_gpus": settings.gpus if _gpus(settings) else 0,
+            "num_gpus": gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": _environment(settings)},
         }
-        actors = [actor.options(**options).remote() for _ in range(settings.ranks)]
-        group = cls(settings, None, actors)
+        actors = [
+            actor.options(**options, scheduling_strategy=strategy(room, rank)).remote()
+            for rank in range(settings.ranks)
+        ]
+        group = cls(settings, None, actors, placement)
         addresses = group._wait([a.address.remote() for a in actors])
         one_node = len({node for node, _, _ in addresses}) == 1
-        host, port = "127.0.0.1" if one_node else addresses[0][1], addresses[0][2]
+        host, port = LOOPBACK if one_node else addresses[0][1], addresses[0][2]
+        group.host = addresses[0][1] if len({n["NodeManagerAddress"] for n in ray.nodes()}) > 1 else LOOPBACK
         shared = ray.put(arguments)
         places = [RankPlace(rank=rank, ranks=settings.ranks, host=host, port=port) for rank in range(settings.ranks)]
         group._wait([a.build.remote(shared, place) for a, place in zip(actors, places, strict=True)])
@@ -148,6 +169,8 @@ class RankGroup:
             for actor in self._actors:
                 ray.kill(actor)
             self._actors = []
+        if self._placement is not None:
+            self._placement.release()
 
 
 def check_resources(settings: LearnerSettings) -> None:

@@ -11,9 +11,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
+from data.errors import RunError
+from rollout.channel import LOOPBACK
+from rollout.collective_movers import address_towards
 from trainer.optimisation import deepspeed_config
 from trainer.settings import Device, LearnerSettings
 
@@ -24,7 +28,7 @@ class RankPlace:
 
     rank: int = 0
     ranks: int = 1
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: int = 0
     """0 only where there is one rank."""
     local_rank: int = 0
@@ -56,6 +60,9 @@ def join_ranks(settings: LearnerSettings, place: RankPlace) -> None:
     # Only DeepSpeed's inference uses this operator; leaving it out spares every new machine a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not cuda and place.host != LOOPBACK:
+        # By default gloo listens where this host's name leads, which on many systems is the loopback address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(address_towards(place.host)))
     timeout = datetime.timedelta(seconds=settings.timeout_s)
     backend = "nccl" if cuda else "gloo"
     if not torch.distributed.is_initialized():
@@ -67,6 +74,18 @@ def join_ranks(settings: LearnerSettings, place: RankPlace) -> None:
         )
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an address.
+
+    Raises:
+        RunError: none has.
+    """
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address == address for one in found):
+            return str(name)
+    raise RunError(f"no network interface of this machine has the address {address}")
 
 
 def start_engine(module: nn.Module, optimiser: torch.optim.AdamW, settings: LearnerSettings, ranks: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -10,6 +11,9 @@ from pydantic import Field, model_validator
 
 from data.settings import Settings
 from reward.names import RankingMetric
+
+LOCAL = "local"
+"""Ray's name for a cluster of one's own, as an address."""
 
 
 class LimitSettings(Settings):
@@ -141,12 +145,31 @@ class ClusterSettings(Settings):
     """Logical CPUs of a cluster started here; none takes the larger of 8 and the cores, so that small actors fit."""
     object_store_mib: int = Field(512, ge=80)
     """Shared memory of a cluster started here, in MiB."""
+    colocated: bool = False
+    """Each engine shares a node, and its GPU, with a learner rank: `rollout.gpus` and `learner.gpus`, together at most
+    1. They work in turn (max_staleness 0), and there are as many of one as of the other."""
+    engine_node: str | None = Field(None, min_length=1)
+    """Ray resource that the nodes of engines have (`ray start --resources`); none takes any node."""
+    learner_node: str | None = Field(None, min_length=1)
+    """Ray resource that the nodes of learners have; none takes any node."""
+    preflight_deadline_s: float = Field(60.0, ge=0)
+    """Seconds within which a cluster that is joined must have what the job asks for; also for reserving it."""
     engine_restarts: int = Field(8, ge=0)
     """Engines that are started again within restart_window_s; above that the others carry on."""
     learner_restarts: int = Field(2, ge=0)
     """How often within restart_window_s a dead learner group begins again from the last checkpoint."""
     restart_window_s: float = Field(3600.0, gt=0)
     """Seconds within which restarts are counted."""
+
+    @property
+    def address_or_local(self) -> str:
+        """Address of the cluster: the one that is set, RAY_ADDRESS, or `LOCAL`."""
+        return self.address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+    @property
+    def joins(self) -> bool:
+        """Whether the cluster was started elsewhere."""
+        return self.address_or_local != LOCAL
 
 
 class GapAction(StrEnum):

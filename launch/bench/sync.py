@@ -24,7 +24,7 @@ from launch.bench.frame import Local, Way, answer, paired
 from launch.bench.models import BenchModel, bench_model
 from launch.bench.settings import BenchSettings, Device
 from rollout.buckets import HEADER_BYTES, as_bytes, checksum, plan_buckets
-from rollout.channel import ChannelSettings
+from rollout.channel import LOOPBACK, ChannelSettings
 from rollout.movers import MoverKind, MoverRequest
 from rollout.receiving import ModuleInbox, PushMessage
 from rollout.sending import ModuleSource
@@ -126,7 +126,7 @@ class Push:
             receivers=("receiver",),
             buffer_bytes=HEADER_BYTES + min(weights.bucket_bytes, self._layout.total_bytes),
             slots=weights.slots,
-            host=weights.host,
+            host=weights.host or LOOPBACK,
             folder=str(folder),
         )
         self._version = 0

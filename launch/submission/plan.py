@@ -12,7 +12,8 @@ from data.errors import RequestError
 from launch.submission.environment import plain_variables, refuse_written_secrets, secret_names
 from launch.submission.gpu_hours import Estimate, estimate
 from launch.submission.settings import SubmitSettings, Target
-from trainer.jobs import Job, LaacJob, PolicyJobSettings, RlJob
+from trainer.jobs import Job, LaacJob, RlJob, SftJob
+from trainer.preflight import asks
 from trainer.settings import Device
 
 NOT_SUBMITTED = ("submit",)
@@ -131,15 +132,13 @@ def job_needs(job: Job | None, *, on_gpus: bool) -> dict[str, float]:
     """CPUs and GPUs that the parts of a job ask Ray for; a learner takes a GPU where the nodes have some."""
     if isinstance(job, LaacJob):
         return _laac_needs(job, on_gpus=on_gpus)
-    if not isinstance(job, PolicyJobSettings):
+    if not isinstance(job, SftJob | RlJob):
         return {}
-    learner_gpus = job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus)
-    gpus = job.rollout.engines * job.rollout.gpus + job.learner.ranks * learner_gpus
-    cpus = float(job.rollout.engines + job.learner.ranks)
-    if isinstance(job, RlJob) and job.reward.ranker is not None:
-        gpus += job.reward.replicas * job.reward.num_gpus
-        cpus += job.reward.replicas * job.reward.num_cpus
-    return {"gpus": float(gpus), "cpus": cpus}
+    wanted = asks(job, with_fleet=True, on_gpus=on_gpus)
+    return {
+        "gpus": float(sum(ask.count * ask.gpus for ask in wanted)),
+        "cpus": float(sum(ask.count * ask.cpus for ask in wanted)),
+    }
 
 
 def _laac_needs(job: LaacJob, *, on_gpus: bool) -> dict[str, float]:

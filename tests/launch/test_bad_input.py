@@ -36,6 +36,7 @@ from tests.small_world import ITEMS, read_steps, recipe, windlass, write_dataset
 from trainer.checkpoints import MANIFEST, CheckpointStore, Facts, latest_checkpoint, open_checkpoint
 from trainer.initial_model import write_preset
 from trainer.learner_group import LearnerGroup
+from trainer.preflight import Node
 from trainer.prompt_card import PromptCard
 from trainer.run_settings import CheckpointSettings
 from trainer.run_state import RunState
@@ -79,6 +80,7 @@ def call(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         yield
 
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr("trainer.preflight.alive_nodes", lambda: [Node(address="here", cpus=8.0, gpus=0.0)])
     monkeypatch.setattr(launch.train_command, "cluster", nothing)
     monkeypatch.setattr(launch.eval_command, "cluster", nothing)
     monkeypatch.setattr(LearnerGroup, "start", accepted)
@@ -131,6 +133,8 @@ def refused(answer: tuple[int, str], words: str) -> None:
         (["--reward.ranker", "launch.cli:Command"], "a class with score(histories, candidates)"),
         (["--reward.ranker", "tests.reward.rankers:Nothing", "--reward.host", "0.0.0.0"], "reward.host: 0.0.0.0"),
         (["--learner.ranks", "6", "--rollout.engines", "3"], "cluster.num_cpus: 8 logical CPUs; legal: at least 9"),
+        (["--rollout.tensor_parallel", "3"], "tensor_parallel: 3; legal: a divisor of the model's 4 attention heads"),
+        (["--cluster.colocated", "true", "--learner.ranks", "2"], "rollout.engines: 1; legal: 2 like learner.ranks"),
         (["--train_only", "run"], "holds no step-*.parquet; legal: a folder that --rollout-only wrote"),
         (["--rollout_only", "rl.yaml"], "legal: a folder, made when it is missing"),
         (["--run-dir", "rl.yaml"], "rl.yaml: File exists; legal: a folder that can be written"),

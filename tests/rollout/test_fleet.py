@@ -2,8 +2,9 @@
 
 Two real vLLM engines and two reference engines in Ray actors. Checked: equal bits with an engine of this process, order
 of the answer, samples across engines, violations counted, the engine's own error, a dead and a silent engine whose
-shards go to another one with the same bits, engines brought back, refused settings. Not here: pushes to the fleet
-(test_channel.py), the states of an engine (test_fleet_health.py), a run that loses engines (launch/test_kill.py).
+shards go to another one with the same bits, engines brought back, joining and leaving, room, refused settings. Not
+here: pushes (test_channel.py), the states of an engine (test_fleet_health.py), a run that loses engines
+(launch/test_kill.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from data.records import Decode, DecodeSpec, Groups
 from rollout.engine import Engine
 from rollout.fleet import EngineFailure, RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
+from rollout.placement import Placement
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation
 from tests.requirements import require
@@ -165,7 +168,10 @@ def test_engines_are_brought_back_within_a_request(
     def rejoin(failure: EngineFailure) -> None:
         for engine_id in small_fleet.health.named(EngineState.DEAD):
             small_fleet.relaunch(engine_id)
-        assert small_fleet.recover() == []
+        before = time.monotonic()
+        while small_fleet.joining:
+            assert small_fleet.recover() == []
+            assert time.monotonic() - before < 100
         small_fleet.verified(small_fleet.incarnations(), 0)
 
     small_fleet.rejoin = rejoin
@@ -201,6 +207,48 @@ def test_the_shards_of_a_silent_engine_go_to_another(
     small_fleet.verified(small_fleet.incarnations(), 0)
     assert same_bits(small_fleet.generate(prompts, BEAM), whole)
     assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0", "reference-1"}
+
+
+def test_engines_join_and_leave(small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any) -> None:
+    prompts = random_prompts(catalogue, [10] * 8)
+    whole = small_fleet.generate(prompts, BEAM)
+    name = small_fleet.add()
+    assert name == "reference-2"
+    assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0", "reference-1"}
+    before = time.monotonic()
+    while small_fleet.joining:
+        assert small_fleet.recover() == []
+        assert time.monotonic() - before < 100
+    assert small_fleet.health.named(EngineState.STALE) == [name]
+    assert name not in small_fleet.generate(prompts, BEAM).engine_id_P.tolist(), "up is not verified"
+    small_fleet.verified(small_fleet.incarnations(), 0)
+    small_fleet.remove("reference-0")
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-1", name}
+
+    # One that dies before it is up is known to be dead, and can be taken out.
+    late = small_fleet.add()
+    ray_here.kill(small_fleet.engines[late])
+    before = time.monotonic()
+    while late in small_fleet.joining:
+        small_fleet.recover()
+        assert time.monotonic() - before < 100
+    assert small_fleet.recover() == [late]
+    small_fleet.remove(late)
+    assert small_fleet.health.named(EngineState.HEALTHY) == ["reference-1", name]
+
+
+def test_room_is_reserved_within_a_deadline_and_given_back(ray_here: Any) -> None:
+    free = ray_here.available_resources()["CPU"]
+    placement = Placement(deadline_s=20.0)
+    group = placement.reserve("mine", [placement.bundle(cpus=free, gpus=0)])
+    assert placement.reserve("mine", []) is group, "a place is kept for who comes again"
+    with pytest.raises(RunError, match=r"more: no room for 1 x \(CPU 1\) within 0\.5 s; free in the whole cluster: "):
+        Placement(deadline_s=0.5).reserve("more", [{"CPU": 1.0}])
+    with pytest.raises(RunError, match="no room"):
+        Placement(node="far", deadline_s=0.5).reserve("other", [{"far": 0.001}])
+    placement.release()
+    Placement(deadline_s=20.0).reserve("more", [{"CPU": free}])
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ def test_what_a_job_asks_for() -> None:
         Ask(part="rollout.engines", count=3, cpus=1, gpus=2),
     ]
     assert [ask.part for ask in asks(job(), with_fleet=False, on_gpus=False)] == ["learner.ranks"]
-    pairs = job(rollout={"engines": 2, "gpus": 0.5}, learner={"ranks": 2}, cluster={"colocated": True})
-    assert asks(pairs, with_fleet=True, on_gpus=True) == [Ask(part="rollout.engines", count=2, cpus=2, gpus=1)]
+    halves = {"learner": {"ranks": 2, "gpus": 0.5}, "cluster": {"colocated": True}}
+    pairs = job(rollout={"engines": 2, "gpus": 0.25}, **halves)
+    assert asks(pairs, with_fleet=True, on_gpus=True) == [Ask(part="rollout.engines", count=2, cpus=2, gpus=0.75)]
 
 
 def test_parts_without_gpus_leave_the_gpu_nodes_alone() -> None:
@@ -113,7 +114,7 @@ def test_no_node_gets_more_than_it_has(wanted: list[Ask], nodes: list[Node]) -> 
     ("sections", "told"),
     [
         ({"rollout": {"engines": 2}}, "rollout.engines: 2; legal: 1 like learner.ranks"),
-        ({"rollout": {"gpus": 1.0}}, "rollout.gpus: 1.0; legal: 0, or below 1"),
+        ({"rollout": {"gpus": 0.6}, "learner": {"gpus": 0.5}}, "rollout.gpus: 0.6; legal: 0, or at most 0.5"),
         ({"rollout": {"tensor_parallel": 2}}, "rollout.tensor_parallel: 2; legal: 1"),
         ({"max_staleness": 1, "objective": {"truncation": {"level": "token"}}}, "max_staleness: 1; legal: 0"),
     ],

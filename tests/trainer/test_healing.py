@@ -1,0 +1,190 @@
+"""Contract: before a push engines join and leave as was asked, dead ones are launched again or leave, and who is not up
+yet takes no part; only who took part may be asked afterwards.
+
+Fleet and channel are stand-ins that keep books; the states are the real ones. Real engines: rollout/test_fleet.py,
+launch/test_status.py, launch/test_kill.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from data.errors import RunError
+from rollout.fleet import EngineFailure
+from rollout.fleet_health import EngineState, FleetHealth, LossReason
+from trainer.healing import Healing
+from trainer.run_settings import ClusterSettings
+
+
+@dataclass
+class BookFleet:
+    """Engines that are up when a test says so."""
+
+    room: int = 4
+    health: FleetHealth = field(default_factory=lambda: FleetHealth(start_deadline_s=10, suspect_s=5))
+    engines: dict[str, str] = field(default_factory=dict)
+    joining: dict[str, str] = field(default_factory=dict)
+    losses: Counter[LossReason] = field(default_factory=Counter)
+    on_loss: Any = None
+    rejoin: Any = None
+    made: int = 0
+
+    def add(self) -> str:
+        if len(self.engines) >= self.room:
+            raise RunError("no room")
+        name = f"e-{self.made}"
+        self.made += 1
+        self.health.launched(name, 0.0)
+        self.engines[name] = self.joining[name] = name
+        return name
+
+    def up(self, *names: str) -> None:
+        for name in names:
+            self.joining.pop(name, None)
+            self.health.answered(name, self.health.engines[name].incarnation, 0.0)
+
+    def remove(self, name: str) -> None:
+        del self.engines[name]
+        self.joining.pop(name, None)
+        self.health.removed(name)
+
+    def relaunch(self, name: str) -> None:
+        self.health.died(name, self.incarnations()[name], LossReason.DIED, 0.0)
+        self.health.launched(name, 0.0)
+        self.joining[name] = name
+
+    def recover(self) -> list[str]:
+        if self.joining and not self.health.named(EngineState.HEALTHY, EngineState.STALE):
+            # Nobody is up: the real fleet waits for the first that joins.
+            self.up(next(iter(self.joining)))
+        return self.health.named(EngineState.DEAD)
+
+    def incarnations(self) -> dict[str, int]:
+        return {name: engine.incarnation for name, engine in self.health.engines.items()}
+
+    def verified(self, incarnations: dict[str, int], version: int) -> None:
+        self.health.pushed(incarnations, version, 0.0)
+
+    def healthy(self) -> list[str]:
+        return self.health.named(EngineState.HEALTHY)
+
+
+@dataclass
+class BookChannel:
+    """Notes who gets a push."""
+
+    engines: dict[str, Any] = field(default_factory=dict)
+    version: int | None = None
+    replace: Any = None
+
+    def adopt(self, name: str, peer: Any) -> None:
+        self.engines[name] = peer
+
+    def leave(self, name: str) -> None:
+        self.engines.pop(name, None)
+
+    def push(self, version: int) -> int:
+        self.version = version
+        return version
+
+
+@dataclass
+class World:
+    """Two engines that are up and have version 0."""
+
+    wanted: int | None = None
+    said: list[str] = field(default_factory=list)
+    fleet: BookFleet = field(default_factory=BookFleet)
+    channel: BookChannel = field(default_factory=BookChannel)
+
+    def __post_init__(self) -> None:
+        names = [self.fleet.add(), self.fleet.add()]
+        self.fleet.up(*names)
+        self.channel.engines = dict.fromkeys(names)
+        settings = ClusterSettings(engine_restarts=1)
+        self.healing = Healing(
+            settings,
+            cast(Any, self.fleet),
+            cast(Any, self.channel),
+            learners_rest=True,
+            say=self.said.append,
+            wanted=lambda: self.wanted,
+        )
+        self.healing.push(0)
+
+
+def test_engines_join_after_a_push_that_finds_them_up() -> None:
+    world = World()
+    world.wanted = 4
+    world.healing.push(1)
+    assert world.fleet.healthy() == ["e-0", "e-1"]
+    assert set(world.channel.engines) == {"e-0", "e-1"}, "nobody waits for who is coming up"
+    world.fleet.up("e-3")
+    world.healing.push(2)
+    assert world.fleet.healthy() == ["e-0", "e-1", "e-3"]
+    world.fleet.up("e-2")
+    assert world.fleet.healthy() == ["e-0", "e-1", "e-3"], "up is not verified"
+    world.healing.push(3)
+    assert world.fleet.healthy() == ["e-0", "e-1", "e-2", "e-3"]
+    assert world.healing.metrics()["system/engines"] == 4
+    world.wanted = 1
+    world.healing.push(4)
+    assert world.fleet.healthy() == list(world.channel.engines) == ["e-0"]
+    assert world.healing.restarts == 0
+
+
+def test_where_there_is_no_room_the_job_says_so_once() -> None:
+    world = World(fleet=BookFleet(room=3))
+    world.wanted = 9
+    for version in (1, 2):
+        world.healing.push(version)
+    assert list(world.fleet.engines) == ["e-0", "e-1", "e-2"]
+    assert world.said == [
+        "scale: 2 engines, 9 are wanted",
+        "scale: e-2 is coming up",
+        "scale: stays at 3 engines: no room",
+    ]
+
+
+def test_dead_engines_come_back_or_leave() -> None:
+    world = World()
+    world.fleet.health.died("e-1", 0, LossReason.DIED, 0.0)
+    world.healing.push(1)
+    assert world.healing.restarts == 1
+    assert world.fleet.healthy() == list(world.channel.engines) == ["e-0"], "no push waits for who comes up"
+    world.fleet.up("e-1")
+    world.healing.push(2)
+    assert world.fleet.healthy() == list(world.channel.engines) == ["e-0", "e-1"]
+    # A second restart within the window is one too many.
+    world.fleet.health.died("e-1", 1, LossReason.DIED, 0.0)
+    world.healing.push(3)
+    assert world.healing.restarts == 1
+    assert list(world.fleet.engines) == list(world.channel.engines) == ["e-0"]
+    world.fleet.health.died("e-0", 0, LossReason.DIED, 0.0)
+    with pytest.raises(EngineFailure, match="no engine is left"):
+        world.healing.push(2)
+
+
+def test_a_push_that_fails_at_an_engine_goes_on_without_it() -> None:
+    world = World()
+    assert world.channel.replace("e-1") is None
+    assert (world.healing.restarts, list(world.channel.engines)) == (1, ["e-0"])
+    assert world.fleet.losses == {LossReason.PUSH: 1}
+    world.fleet.verified({"e-0": 0}, 1)
+    assert world.fleet.healthy() == ["e-0"]
+
+
+def test_the_last_engine_at_which_a_push_fails_is_waited_for() -> None:
+    world = World()
+    world.fleet.remove("e-1")
+    world.channel.leave("e-1")
+    peer = world.channel.replace("e-0")
+    assert peer is world.channel.engines["e-0"]
+    assert world.fleet.health.engines["e-0"].state is EngineState.STALE, "up, and to be pushed to"
+    # The window allows one restart; the next failure leaves nobody.
+    with pytest.raises(EngineFailure, match="no engine is left"):
+        world.channel.replace("e-0")
