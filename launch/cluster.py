@@ -9,6 +9,7 @@ process then compares the digest of the packages it imports with the driver's.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -129,6 +130,7 @@ def cluster(
     }
     address = settings.address_or_local
     if address == LOCAL:
+        check_shared_memory(settings.object_store_mib)
         arguments |= {
             "address": LOCAL,
             "num_cpus": settings.num_cpus or max(FEWEST_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -153,10 +155,39 @@ def cluster(
         if address != LOCAL:
             check_nodes(folders)
         _HELD.append(True)
-        yield
+        with full_store_named(settings):
+            yield
     finally:
         _HELD.clear()
         ray.shutdown()
+
+
+def check_shared_memory(mib: int, folder: Path = Path("/dev/shm")) -> None:
+    """Refuse an object store that shared memory has no room for; Ray would put it on the disk, many times slower.
+
+    Raises:
+        RequestError: names what is free.
+    """
+    free = shutil.disk_usage(folder).free // 2**20 if folder.is_dir() else 0
+    if free < mib:
+        raise RequestError("cluster.object_store_mib", mib, f"at most {free}, the MiB that are free in {folder}")
+
+
+@contextmanager
+def full_store_named(settings: ClusterSettings) -> Iterator[None]:
+    """A full object store as one line that says what to raise.
+
+    Raises:
+        RunError: in place of Ray's own error.
+    """
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+    try:
+        yield
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        size = "of the cluster" if settings.joins else f"of {settings.object_store_mib} MiB (cluster.object_store_mib)"
+        reason = str(error).splitlines()[0]
+        raise RunError(f"Ray's object store {size} is full: {reason}; what was finished before stays") from error
 
 
 def check_address(address: str) -> None:

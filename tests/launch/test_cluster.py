@@ -13,10 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import RunError
-from launch.cluster import UNCHECKED, check_packages, runtime_environment
+from data.errors import RequestError, RunError
+from launch.cluster import (
+    UNCHECKED,
+    check_packages,
+    check_shared_memory,
+    full_store_named,
+    runtime_environment,
+)
 from launch.provenance import ROOT, package_digest
 from tests.requirements import require
+from trainer.run_settings import ClusterSettings
 
 SCRIPT = """
 import sys
@@ -93,3 +100,19 @@ def test_faults_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert variables["WINDLASS_FAULT"] == "push:2"
     assert variables["EXTRA"] == "1"
     assert variables["WINDLASS_PACKAGE_DIGEST"] == package_digest()
+
+
+def test_an_object_store_that_is_too_large_or_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require("ray")
+    from ray.exceptions import ObjectStoreFullError
+
+    with pytest.raises(RequestError, match=r"cluster\.object_store_mib: 999999999; legal: at most \d+"):
+        check_shared_memory(999_999_999, tmp_path)
+    check_shared_memory(1, tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told = r"object store of 100 MiB \(cluster\.object_store_mib\) is full: .*what was finished before stays"
+    with pytest.raises(RunError, match=told), full_store_named(ClusterSettings(object_store_mib=100)):
+        raise ObjectStoreFullError("no room for 5 bytes")
+    joined = ClusterSettings(address="head:6379")
+    with pytest.raises(RunError, match="object store of the cluster is full"), full_store_named(joined):
+        raise ObjectStoreFullError("no room")
