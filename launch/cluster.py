@@ -37,6 +37,9 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the driver of a submitted job: the job's runtime environment."""
 CONNECT_S = 10.0
 """Seconds within which a cluster's address must take a connection."""
+STARTS = 3
+TOOK_TOO_LONG = "timed out during startup"
+"""Ray's words for processes of its own that were not up in time."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
 _HELD: list[bool] = []
@@ -144,7 +147,7 @@ def cluster(
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**arguments)
+        start_ray(arguments)
     except (ConnectionError, ValueError) as error:
         raise RequestError("cluster.address", address, f"the address of a running Ray cluster ({error})") from error
     # Ray takes SIGTERM over and ends the process at once; a run ends at its next step boundary.
@@ -160,6 +163,21 @@ def cluster(
     finally:
         _HELD.clear()
         ray.shutdown()
+
+
+def start_ray(arguments: Mapping[str, Any]) -> None:
+    """`ray.init`, once more where a busy machine took longer than the 30 s that Ray gives its own processes."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:
+            # Ray raises nothing more precise.
+            if not left or TOOK_TOO_LONG not in str(error):
+                raise
+            ray.shutdown()
 
 
 def check_shared_memory(mib: int, folder: Path = Path("/dev/shm")) -> None:

@@ -20,6 +20,7 @@ from launch.cluster import (
     check_shared_memory,
     full_store_named,
     runtime_environment,
+    start_ray,
 )
 from launch.provenance import ROOT, package_digest
 from tests.requirements import require
@@ -116,3 +117,25 @@ def test_an_object_store_that_is_too_large_or_full(monkeypatch: pytest.MonkeyPat
     joined = ClusterSettings(address="head:6379")
     with pytest.raises(RunError, match="object store of the cluster is full"), full_store_named(joined):
         raise ObjectStoreFullError("no room")
+
+
+def test_ray_is_started_again_when_the_machine_was_too_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("ray")
+    words = ["The current node timed out during startup. This", "another trouble"]
+    calls: list[str] = []
+
+    def init(**arguments: object) -> None:
+        calls.append("init")
+        if words:
+            raise Exception(words.pop(0))  # as Ray does
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: calls.append("shutdown"))
+    with pytest.raises(Exception, match="another trouble"):
+        start_ray({})
+    assert calls == ["init", "shutdown", "init"]
+    start_ray({})
+    words += ["timed out during startup"] * 3
+    with pytest.raises(Exception, match="timed out"):
+        start_ray({})
+    assert calls.count("init") == 6
