@@ -29,7 +29,7 @@ from rollout.fleet import EngineFailure, RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
 from rollout.placement import Placement
 from rollout.settings import EngineKind, RolloutSettings
-from rollout.violations import Violation
+from rollout.violations import Violation, ViolationCounter
 from tests.requirements import require
 from tests.tiny_model import random_prompts
 
@@ -236,6 +236,62 @@ def test_engines_join_and_leave(small_fleet: RolloutFleet, catalogue: Catalogue,
     assert small_fleet.recover() == [late]
     small_fleet.remove(late)
     assert small_fleet.health.named(EngineState.HEALTHY) == ["reference-1", name]
+
+
+class LateFleet(RolloutFleet):
+    """The fleet over actors that only come up, after a while; for the times of recovery, not for what engines do."""
+
+    delay_s = 0.0
+
+    def _launch(self, engine_id: str) -> Any:
+        import ray
+
+        # Defined here, so that its process imports nothing of ours.
+        class Late:
+            def __init__(self, delay_s: float) -> None:
+                time.sleep(delay_s)
+
+            def describe(self) -> None:
+                return None
+
+        self.health.launched(engine_id, time.monotonic())
+        return ray.remote(Late).options(num_cpus=0, max_restarts=0).remote(self.delay_s)
+
+    def healthy(self) -> list[str]:
+        return self.health.named(EngineState.HEALTHY)
+
+
+def test_nobody_waits_for_who_comes_up_while_others_are(ray_here: Any, catalogue: Catalogue) -> None:
+    patient = RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32", engines=2, start_deadline_s=60)
+    fleet = LateFleet(patient, Path(), {}, ViolationCounter(catalogue), Placement())
+    for _ in range(2):
+        name = fleet._next_name()
+        fleet.engines[name] = fleet._launch(name)
+    fleet._await_start(list(fleet.engines))
+    fleet.verified(fleet.incarnations(), 1)
+    assert fleet.healthy() == ["reference-0", "reference-1"]
+
+    fleet.delay_s = 4.0
+    fleet.relaunch("reference-1")
+    before = time.monotonic()
+    assert fleet.recover() == []
+    assert time.monotonic() - before < 3.0
+    assert fleet.healthy() == ["reference-0"]
+    assert list(fleet.joining) == ["reference-1"]
+
+    # Nobody is left: the first one that is up ends the wait.
+    fleet.delay_s = 0.0
+    fleet.relaunch("reference-0")
+    assert fleet.recover() == []
+    assert fleet.health.named(EngineState.STALE)
+
+    # One that does not come up is dead at its deadline; with nobody else, that is waited for.
+    fleet.settings, fleet.delay_s = patient.model_copy(update={"start_deadline_s": 1.0}), 60.0
+    for name in ("reference-0", "reference-1"):
+        fleet.relaunch(name)
+    assert sorted(fleet.recover()) == ["reference-0", "reference-1"]
+    assert {engine.reason for engine in fleet.health.engines.values()} == {LossReason.NOT_UP}
+    fleet.close()
 
 
 def test_room_is_reserved_within_a_deadline_and_given_back(ray_here: Any) -> None:
