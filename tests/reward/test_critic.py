@@ -118,7 +118,7 @@ def test_one_call_asks_for_several_needs(ranker: CriticRanker) -> None:
     app = RewardReplica(ReplicaOptions(ranker="given", chunk=2), ranker).__serve_build_asgi_app__()
     with TestClient(app) as client:
         attempt = HttpAttempt("http://testserver")
-        attempt._client = client
+        attempt._http._client = client
         told = RewardClient(attempt, RewardSettings(retries=0)).score(histories, candidates, needs)
         wrong = {"histories": [[1]], "candidates": [[1]], "needs": ["trend", "trend"]}
         assert client.post("/score", json=wrong).status_code == 422
