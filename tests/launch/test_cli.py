@@ -59,7 +59,7 @@ def test_answers_go_to_a_file_or_standard_output(tmp_path: Path, capsys: pytest.
         (["answer", "x", "--count", "many"], 2, "many"),
         (["answer", "x", "--json"], 2, "--json FILE"),
         (["answer", "x", "--json", "/no/such/folder/a.json"], 2, "a writable file"),
-        (["answe"], 2, "did you mean answer?"),
+        (["answe"], 2, "did you mean answer"),
         (["data", "imprt"], 2, "did you mean data import"),
         (
             ["train", "ml100k-sft", "--data.dataset", "/nowhere"],
