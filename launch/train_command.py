@@ -139,7 +139,7 @@ def train_laac_job(job: LaacJob, run: RunDirectory, interruption: Interruption) 
             run.path, job.tracking, resumed_step=resumed, total_steps=job.limits.max_steps, headline=headline
         ) as log,
     ):
-        outcome = LaacRun(job, run.path, log.write).run(lambda: interruption.requested)
+        outcome = LaacRun(job, run.path, log.write, say=log.say).run(lambda: interruption.requested)
     return {
         "job": "laac",
         "method": job.laac.method.value,

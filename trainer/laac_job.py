@@ -80,10 +80,22 @@ class _Progress:
 class LaacRun:
     """One job in its folder."""
 
-    def __init__(self, job: LaacJob, folder: Path, log: Log) -> None:
+    def __init__(
+        self, job: LaacJob, folder: Path, log: Log, *, say: Callable[[str], None] = lambda message: None
+    ) -> None:
+        """
+        Args:
+            folder: of the run.
+            log: receives (step, metrics).
+            say: tells the person who watches how far the reference is.
+
+        Raises:
+            RequestError: the sessions that the job names cannot be had.
+        """
         self.job = job
         self.folder = folder
         self.log = log
+        self.say = say
         self.sessions = Sessions(Dataset.open(job.data.dataset), job.data)
         self.evaluation = SessionEvaluation(self.sessions)
         self.store = CheckpointStore(folder / "checkpoints", job.checkpoints)
@@ -138,7 +150,12 @@ class LaacRun:
         if settings.kind is ReferenceKind.RANDOM:
             answers = random_answers(self.sessions, settings)
         else:
-            answers = model_answers(self.sessions, settings, self.job.rollout)
+            answers = model_answers(
+                self.sessions,
+                settings,
+                self.job.rollout,
+                lambda done, total: self.say(f"reference: {done} of {total} states answered"),
+            )
         answers.write(self.cache)
         return ReferenceAnswers.read(self.cache, answers.asked)
 
