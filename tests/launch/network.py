@@ -81,10 +81,12 @@ class Host:
 
     def kill_all(self) -> None:
         """End every process on the host, as when it is switched off."""
-        told = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
-        for pid in told.stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        # Once more, because one that was not killed yet may have started another.
+        for _ in range(3):
+            told = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
+            for pid in told.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
         for process in self.processes:
             process.wait(timeout=30)
         self.processes.clear()
@@ -145,8 +147,10 @@ class RayHosts:
             else [f"--address={self.address}"]
         )
         resources = ", ".join(f'"{name}": {amount}' for name, amount in marks.items())
+        # A busy machine may take longer than the 30 s after which a node of Ray gives up.
+        again = 'for _ in 1 2 3; do "$@"; done'
         host.start(
-            str(Path(sys.executable).parent / "ray"),
+            *("bash", "-c", again, "again", str(Path(sys.executable).parent / "ray")),
             *("start", "--block", "--disable-usage-stats", *place, f"--node-ip-address={host.address}"),
             *(f"--num-cpus={cpus}", f"--resources={{{resources}}}", "--object-store-memory=150000000"),
             log=self.folder / f"node-{number}.log",
