@@ -22,8 +22,12 @@ SHARED = ("rollout",)
 """Folders whose files share engines, which take longer to start than most files to run."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file, or a folder that shares engines, in one process (`-n 2 --dist loadgroup`)."""
+    """Keep a file, or a folder that shares engines, in one process (`-n 2 --dist loadgroup`).
+
+    First, because pytest-xdist reads the marks in the same hook.
+    """
     here = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(here)
