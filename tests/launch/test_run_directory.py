@@ -24,7 +24,7 @@ from launch.memory import MemorySampler
 from launch.run_directory import MAY_CHANGE, RunDirectory, leaves, read_json
 from launch.setting_names import keys
 from trainer.interruption import Interruption
-from trainer.jobs import RlJob
+from trainer.jobs import LaacJob, RlJob
 
 RECIPE: dict[str, Any] = {"job": "rl", "data": {"dataset": "d"}, "limits": {"max_steps": 5}}
 
@@ -73,7 +73,7 @@ def test_scores_of_one_run_stay_comparable(tmp_path: Path) -> None:
 
 
 def test_the_changeable_keys_exist() -> None:
-    names = [key.name for key in keys(RlJob)]
+    names = [key.name for job in (RlJob, LaacJob) for key in keys(job)]
     for name in MAY_CHANGE:
         assert any(n == name or n.startswith(name + ".") for n in names), name
 
