@@ -9,9 +9,8 @@ setup:
 demo: setup
 	@.venv/bin/windlass demo --run-dir runs/demo
 
-# Two processes: most of a test with real parts is the start of one engine or another, on one core.
 test: setup check
-	@$(PYTEST) -q -n 2 --dist loadgroup
+	@$(PYTEST) -q
 
 test-long: setup
 	@$(PYTEST) -q -m long

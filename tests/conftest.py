@@ -1,10 +1,9 @@
-"""How a test run is dealt to processes, and its closing lines: passed, failed, and skipped by reason."""
+"""Closing lines of a test run: passed, failed, and skipped by reason."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,22 +15,6 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 # Timings never decide a test: on a loaded machine an example may take any time.
 settings.register_profile("windlass", deadline=None)
 settings.load_profile("windlass")
-
-
-SHARED = ("rollout",)
-"""Folders whose files share engines, which take longer to start than most files to run."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file, or a folder that shares engines, in one process (`-n 2 --dist loadgroup`).
-
-    First, because pytest-xdist reads the marks in the same hook.
-    """
-    here = Path(__file__).parent
-    for item in items:
-        path = item.path.relative_to(here)
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in SHARED else str(path)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
