@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,21 +38,27 @@ class Reply(Protocol):
 
 
 R = TypeVar("R", bound=Reply)
+A = TypeVar("A")
 
 
-class Retries:
+class RetryingClient(Generic[A]):
     """Repeats a call whole while any sample failed for a reason that may pass, at most `retries` times.
 
     The last attempt counts: a sample's result never depends on which attempt answered its neighbours.
     """
 
-    def __init__(self, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, attempt: A, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        """
+        Args:
+            attempt: one attempt at a call, through a transport.
+        """
         self.settings = settings
         self.requests = 0
         """Attempts made since the start."""
+        self._attempt = attempt
         self._sleep = sleep
 
-    def run(self, attempt: Callable[[float], R]) -> R:
+    def _repeated(self, attempt: Callable[[float], R]) -> R:
         """The reply of the last attempt; each is given its deadline in seconds."""
         for number in range(self.settings.retries + 1):
             if number:
@@ -64,27 +70,15 @@ class Retries:
         return reply
 
 
-class RewardClient:
+class RewardClient(RetryingClient[Attempt]):
     """Scores batches through a transport, with retries."""
-
-    def __init__(
-        self, attempt: Attempt, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self.settings = settings
-        self._attempt = attempt
-        self._retries = Retries(settings, sleep=sleep)
-
-    @property
-    def requests(self) -> int:
-        """Attempts made since the start."""
-        return self._retries.requests
 
     def score(
         self, histories: Sequence[IntArray], candidates: Sequence[IntArray], needs: Sequence[str] | None = None
     ) -> BatchScores:
-        """Scores of `candidates[i]` after `histories[i]` for `needs[i]`; the whole batch is one call (`Retries`)."""
+        """Scores of `candidates[i]` after `histories[i]` for `needs[i]`; the whole batch is one call."""
         call = ScoreCall.pack(histories, candidates, needs)
-        return self._retries.run(lambda deadline_s: self._attempt(call, deadline_s))
+        return self._repeated(lambda deadline_s: self._attempt(call, deadline_s))
 
 
 def checked(reply: BatchScores, call: ScoreCall) -> BatchScores:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from data.records import IntArray, RewardFailure
-from reward.client import HttpPost, Retries, call_handle, rows_of
-from reward.settings import RewardSettings
+from reward.client import HttpPost, RetryingClient, call_handle, rows_of
 from reward.swap_calls import SwapCall, SwapReply, checked_swaps
 from reward.swap_credit import SwapForm
 
@@ -25,20 +23,8 @@ class SwapAttempt(Protocol):
         ...
 
 
-class SwapClient:
+class SwapClient(RetryingClient[SwapAttempt]):
     """Asks for swap credit through a transport, with retries."""
-
-    def __init__(
-        self, attempt: SwapAttempt, settings: RewardSettings, *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self.settings = settings
-        self._attempt = attempt
-        self._retries = Retries(settings, sleep=sleep)
-
-    @property
-    def requests(self) -> int:
-        """Attempts made since the start."""
-        return self._retries.requests
 
     def credit(
         self, histories: Sequence[IntArray], lists: Sequence[IntArray], form: SwapForm, *, seed: int
@@ -50,7 +36,7 @@ class SwapClient:
             seed: of the drawn swaps.
         """
         call = SwapCall.pack(histories, lists, form=form, swaps=self.settings.swaps.swaps, seed=seed)
-        return self._retries.run(lambda deadline_s: self._attempt(call, deadline_s))
+        return self._repeated(lambda deadline_s: self._attempt(call, deadline_s))
 
 
 class HandleSwapAttempt:
