@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,15 +24,15 @@ class LearnerLost(RunError):
     """A rank died or fell silent; the group cannot go on, but may begin again from a checkpoint."""
 
 
-class RankActor:
+class RankActor(ABC):
     """A rank in a process of its own; a subclass says what it is a rank of."""
 
     def __init__(self) -> None:
         self._rank: Any = None
 
+    @abstractmethod
     def make(self, arguments: dict[str, Any], place: RankPlace) -> Any:
         """The rank; returns when all ranks have met."""
-        raise NotImplementedError
 
     def address(self) -> tuple[str, str, int]:
         """(node id, address of the node, a free port)."""
