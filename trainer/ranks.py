@@ -72,6 +72,9 @@ def join_ranks(settings: LearnerSettings, place: RankPlace) -> None:
         torch.distributed.init_process_group(
             backend, rank=place.rank, world_size=place.ranks, timeout=timeout, **meeting
         )
+        # Where someone else in this process destroyed the groups (vLLM's engine does when it ends), DeepSpeed still
+        # holds the old ones.
+        deepspeed.utils.groups._release_process_group_references()
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 

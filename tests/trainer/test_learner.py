@@ -279,6 +279,23 @@ def test_non_finite_loss_leaves_weights_alone(model: Path, stage: int, dtype: st
     group.close()
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_learner_starts_where_another_library_ended_the_groups(model: Path, stage: int) -> None:
+    """vLLM's engine destroys the process groups of its process when it ends."""
+    from trainer.learner_group import LearnerGroup
+    from trainer.settings import LearnerSettings
+
+    completions, losses = make_completions(), []
+    for _ in range(2):
+        group = LearnerGroup.local(
+            LearnerSettings(**(PLAIN | THREADS | {"zero_stage": stage})), model, make_constraint()
+        )
+        losses.append(group.update(completions, make_inputs(completions))["loss"])
+        group.close()
+        torch.distributed.destroy_process_group()
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_non_finite_gradient_leaves_weights_alone(model: Path, stage: int, dtype: str) -> None:
