@@ -4,29 +4,30 @@ A shard is a fixed run of `shard_size` prompts, handed to whichever engine is fr
 the engine (see `rollout.decoding`), so neither does the answer: the shard of an engine that dies, raises or falls
 silent goes to another one. Who may be asked is decided by `rollout.fleet_health`. Nothing waits for ever.
 
-| waits                           | for                            | unblocked by                                    |
-|---------------------------------|--------------------------------|-------------------------------------------------|
-| `_dispatch`, engines at work    | the first answer               | an engine, its death, or `rollout.deadline_s`   |
-| `_dispatch`, nobody left to ask | `rejoin`                       | its own deadlines; without one, `EngineFailure` |
-| `recover`, before a push        | who is suspect                 | an answer, or `PING_S`                          |
-| `recover`, nobody is up         | the first engine that joins    | an answer, or `rollout.start_deadline_s`        |
-| nobody                          | an engine that joins           | it takes part in the first push that finds it up |
+| waits                    | for                         | unblocked by                                     |
+|--------------------------|-----------------------------|--------------------------------------------------|
+| a request                | see `rollout.dispatch`      |                                                  |
+| `recover`, before a push | who is suspect              | an answer, or `PING_S`                           |
+| `recover`, nobody is up  | the first engine that joins | an answer, or `rollout.start_deadline_s`         |
+| nobody                   | an engine that joins        | it takes part in the first push that finds it up |
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.catalogue import Catalogue
-from data.errors import RequestError, RunError, WindlassError
+from data.errors import RequestError, RunError
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
+from rollout.dispatch import Call, Dispatch
 from rollout.engine import engine_class, longest_sequence
+from rollout.engine_calls import EngineFailure, engine_result
 from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from rollout.group_decoder import has_exclusions
 from rollout.list_violations import ListViolation
@@ -34,24 +35,8 @@ from rollout.placement import Placement, strategy
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation, ViolationCounter
 
-
-class EngineFailure(RunError):
-    """An engine died, raised an error, or did not answer in time; the message names it and repeats its error."""
-
-    def __init__(self, engine_id: str, what: str, reason: LossReason) -> None:
-        super().__init__(engine_id, what, reason)
-        self.engine_id = engine_id
-        self.what = what
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.engine_id}: {self.what}"
-
-
 PING_S = 30.0
 """Seconds a suspect engine gets to answer before it counts as dead."""
-MOST_TRIES = 3
-"""Engines a shard may take down before it is the shard that is at fault."""
 
 
 @dataclass
@@ -149,7 +134,7 @@ class RolloutFleet:
         deadline = time.monotonic() + self.settings.start_deadline_s
         for engine_id in engine_ids:
             ready = self.engines[engine_id].describe.remote()
-            self._result(engine_id, ready, max(0.0, deadline - time.monotonic()), "coming up")
+            engine_result(engine_id, ready, max(0.0, deadline - time.monotonic()), "coming up")
             self.health.answered(engine_id, self.incarnations()[engine_id], time.monotonic())
         if not self._pushed:
             # Until the first push the folder's weights are the fleet's version, and who has loaded them holds it.
@@ -164,25 +149,6 @@ class RolloutFleet:
         """A push to these processes became visible after its checks: they may be asked, all others may not."""
         self._pushed = True
         self.health.pushed(incarnations, version, time.monotonic())
-
-    def _result(self, engine_id: str, reference: Any, timeout_s: float, doing: str) -> Any:
-        """The value of a call; the engine's own error, or EngineFailure when it died or the time is over."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-
-        try:
-            return ray.get(reference, timeout=timeout_s)
-        except GetTimeoutError as error:
-            what = f"no answer within {timeout_s:.0f} s, {doing}"
-            raise EngineFailure(engine_id, what, LossReason.SILENT) from error
-        except RayTaskError as error:
-            # A wrong request is the caller's to mend; anything else is the engine's failure, in its own words.
-            if isinstance(error.cause, WindlassError):
-                raise error.cause from error
-            what = f"{doing}: {type(error.cause).__name__}: {error.cause}"
-            raise EngineFailure(engine_id, what, LossReason.RAISED) from error
-        except RayActorError as error:
-            raise EngineFailure(engine_id, f"died, {doing}: {_cause_of_death(error)}", LossReason.DIED) from error
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
         """Complete every prompt; see `rollout.engine.Engine.generate`.
@@ -211,86 +177,26 @@ class RolloutFleet:
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """Full-vocabulary log-probabilities of each completion token; see `rollout.engine.Engine.score`."""
         size = self.settings.shard_size
-        calls: list[_Call] = [
+        calls: list[Call] = [
             ("score", (list(prompts[start : start + size]), list(completions[start : start + size])), {})
             for start in range(0, len(prompts), size)
         ]
         return [logp for part in self._dispatch(calls) for logp in part]
 
-    def _dispatch(self, calls: Sequence[_Call], check: Callable[[int, Any], None] | None = None) -> list[Any]:
-        """Results of the calls, in their order; each goes to the engine that is free first.
-
-        `check` looks at each result, given its index, while other engines still work.
-
-        Raises:
-            EngineFailure: a call failed on several engines, or nobody is left and `rejoin` brings nobody back.
-        """
-        work = _Work(waiting=deque(range(len(calls))), results=[None] * len(calls))
+    def _dispatch(self, calls: Sequence[Call], check: Callable[[int, Any], None] | None = None) -> list[Any]:
+        """Results of the calls, in their order; see `rollout.dispatch`."""
         able = len(self.health.named(EngineState.HEALTHY))
         self.most_waiting = max(self.most_waiting, len(calls) - able)
-        # After a failure the calls still under way run out by themselves: a cancelled one leaves a gap in the actor's
-        # sequence of calls, for which Ray then waits 30 s.
-        while work.waiting or work.running:
-            self._hand_out(calls, work)
-            work.look(check)
-            if not work.running:
-                self._bring_back(work)
-                continue
-            self._take_answers(work)
-        work.look(check)
-        return work.results
-
-    def _hand_out(self, calls: Sequence[_Call], work: _Work) -> None:
-        """Give every free engine a call."""
-        busy = {engine_id for _, engine_id, _ in work.running.values()}
-        for engine_id in self.health.named(EngineState.HEALTHY):
-            if work.waiting and engine_id not in busy and engine_id not in work.failed:
-                index = work.waiting.popleft()
-                method, arguments, named = calls[index]
-                reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
-                work.running[reference] = index, engine_id, time.monotonic() + self.settings.deadline_s
-
-    def _take_answers(self, work: _Work) -> None:
-        """Wait for an answer, and take all that are there; or the failure of the call that is overdue first."""
-        import ray
-
-        soonest = min(deadline for _, _, deadline in work.running.values())
-        ready, rest = ray.wait(list(work.running), timeout=max(0.0, soonest - time.monotonic()))
-        if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        overdue = not ready
-        for reference in ready or [min(work.running, key=lambda one: work.running[one][2])]:
-            index, engine_id, _ = work.running.pop(reference)
-            try:
-                if overdue:
-                    what = f"no answer within rollout.deadline_s, {self.settings.deadline_s} s"
-                    raise EngineFailure(engine_id, what, LossReason.SILENT)
-                work.results[index] = self._result(engine_id, reference, self.settings.deadline_s, f"shard {index}")
-            except EngineFailure as failure:
-                self._lost(failure, index, work)
-                continue
-            work.unchecked.append(index)
-            self.shards[engine_id] += 1
-            if index in work.accused:
-                self._blame(work.accused.pop(index))
-
-    def _lost(self, failure: EngineFailure, index: int, work: _Work) -> None:
-        """Put the shard back in front and see who is to blame: the engine, or the shard itself.
-
-        An engine that raised is to blame once another one answers the same shard.
-        """
-        work.waiting.appendleft(index)
-        work.failed[failure.engine_id] = failure
-        work.tries[index] += 1
-        others = [name for name in self.health.named(EngineState.HEALTHY) if name not in work.failed]
-        raised = failure.reason is LossReason.RAISED
-        # What raises on two engines, or on the only one, would raise on every one; what kills several is no accident.
-        if (raised and (work.tries[index] > 1 or not others)) or work.tries[index] >= MOST_TRIES:
-            raise failure
-        if raised:
-            work.accused[index] = failure
-        else:
-            self._blame(failure)
+        return Dispatch(
+            calls=calls,
+            engines=self.engines,
+            health=self.health,
+            deadline_s=self.settings.deadline_s,
+            shards=self.shards,
+            blame=self._blame,
+            bring_back=self.rejoin,
+            check=check,
+        ).run()
 
     def _blame(self, failure: EngineFailure) -> None:
         """The engine is lost: it gets no work before a verified push."""
@@ -300,23 +206,6 @@ class RolloutFleet:
         self.losses[failure.reason] += 1
         if self.on_loss is not None:
             self.on_loss(failure)
-
-    def _bring_back(self, work: _Work) -> None:
-        """Nobody is left to ask: have the lost engines brought back, or raise what took the last one.
-
-        Raises:
-            EngineFailure: there is no `rejoin`, or nobody came back.
-        """
-        if not work.failed:
-            states = {name: engine.state.value for name, engine in self.health.engines.items()}
-            raise RunError(f"no engine holds verified weights: {states}")
-        last = list(work.failed.values())[-1]
-        if self.rejoin is None:
-            raise last
-        self.rejoin(last)
-        work.failed.clear()
-        if not self.health.named(EngineState.HEALTHY):
-            raise last
 
     def relaunch(self, engine_id: str) -> None:
         """Start a fresh process in the place of an engine that is not to be asked; does not wait for it.
@@ -367,7 +256,7 @@ class RolloutFleet:
             try:
                 if not up:
                     raise EngineFailure(engine_id, "did not come up in time", LossReason.NOT_UP)
-                self._result(engine_id, ready, 0.0, "joining")
+                engine_result(engine_id, ready, 0.0, "joining")
             except EngineFailure as failure:
                 self.health.died(engine_id, engine.incarnation, failure.reason, now)
                 self.losses[failure.reason] += 1
@@ -386,7 +275,7 @@ class RolloutFleet:
         for engine_id in self.health.named(EngineState.SUSPECT):
             incarnation = self.incarnations()[engine_id]
             try:
-                self._result(engine_id, self.engines[engine_id].describe.remote(), PING_S, "coming back")
+                engine_result(engine_id, self.engines[engine_id].describe.remote(), PING_S, "coming back")
             except EngineFailure as failure:
                 self.health.died(engine_id, incarnation, failure.reason, time.monotonic())
                 self.losses[failure.reason] += 1
@@ -410,7 +299,7 @@ class RolloutFleet:
         """Name, version and number of the engines."""
         engine_id = next(iter(self.health.named(EngineState.HEALTHY, EngineState.STALE)), next(iter(self.engines)))
         engine = self.engines[engine_id]
-        told = self._result(engine_id, engine.describe.remote(), self.settings.deadline_s, "describing itself")
+        told = engine_result(engine_id, engine.describe.remote(), self.settings.deadline_s, "describing itself")
         return {**told, "count": len(self.engines)}
 
     def close(self) -> None:
@@ -421,42 +310,6 @@ class RolloutFleet:
             ray.kill(engine)
         self.engines.clear()
         self.placement.release()
-
-
-@dataclass
-class _Work:
-    """The calls of one request."""
-
-    waiting: deque[int]
-    """Indices of calls that nobody works on."""
-    results: list[Any]
-    unchecked: list[int] = field(default_factory=list)
-    """Indices of results that nobody has looked at."""
-    running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
-    """Call under way → its index, its engine, when it is overdue."""
-    failed: dict[str, EngineFailure] = field(default_factory=dict)
-    """Engines that are asked no more in this request."""
-    accused: dict[int, EngineFailure] = field(default_factory=dict)
-    """Call → the engine that raised on it, while no other engine has answered it."""
-    tries: Counter[int] = field(default_factory=Counter)
-    """Failures by call."""
-
-    def look(self, check: Callable[[int, Any], None] | None) -> None:
-        """Check the results that came since the last time."""
-        if check is not None:
-            for index in self.unchecked:
-                check(index, self.results[index])
-        self.unchecked.clear()
-
-
-_Call = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""Method, positional and named arguments."""
-
-
-def _cause_of_death(error: BaseException) -> str:
-    """One line: the error of the constructor, or why the process ended."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
 def _check_resources(settings: RolloutSettings) -> None:

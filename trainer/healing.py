@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from data.errors import RunError
 from rollout.channel import PushReport, WeightChannel
-from rollout.fleet import EngineFailure, RolloutFleet
+from rollout.engine_calls import EngineFailure
+from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
 from rollout.peers import Peer, RayPeer
 from trainer.failure_policy import Action, Failure, Part, Situation, decide

@@ -16,7 +16,8 @@ from data.prompts import PromptBuilder
 from data.records import Decode, DecodeSpec, Groups, IntArray, Prompt
 from launch.continual.registry import Registry
 from launch.serving.exposure import ExposureSettings, Serving
-from rollout.fleet import EngineFailure, RolloutFleet
+from rollout.engine_calls import EngineFailure
+from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
 from trainer.initial_model import CATALOGUE, check_model
 from trainer.prompt_card import PromptCard

@@ -25,7 +25,8 @@ from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.records import Decode, DecodeSpec, Groups
 from rollout.engine import Engine
-from rollout.fleet import EngineFailure, RolloutFleet
+from rollout.engine_calls import EngineFailure
+from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
 from rollout.placement import Placement
 from rollout.settings import EngineKind, RolloutSettings

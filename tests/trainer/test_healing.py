@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from data.errors import RunError
-from rollout.fleet import EngineFailure
+from rollout.engine_calls import EngineFailure
 from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from trainer.healing import Healing
 from trainer.run_settings import ClusterSettings

@@ -43,7 +43,7 @@ from launch.serving.replica import ReplicaOptions, ServingReplica
 from launch.serving.served import ServedVersion
 from launch.serving.settings import ServeSettings
 from rollout.engine import Engine, build_engine
-from rollout.fleet import EngineFailure
+from rollout.engine_calls import EngineFailure
 from rollout.fleet_health import LossReason
 from rollout.settings import EngineKind, RolloutSettings
 from tests.launch.serving.world import ITEMS, make_registry

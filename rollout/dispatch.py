@@ -1,0 +1,157 @@
+"""One request to a fleet: calls that go to whichever engine is free, and on to another one when an engine is lost.
+
+| waits                     | for              | unblocked by                                        |
+|---------------------------|------------------|-----------------------------------------------------|
+| `run`, engines at work    | the first answer | an engine, its death, or `deadline_s`               |
+| `run`, nobody left to ask | `bring_back`     | its own deadlines; without one, the last failure    |
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.errors import RunError
+from rollout.engine_calls import EngineFailure, engine_result
+from rollout.fleet_health import EngineState, FleetHealth, LossReason
+
+MOST_TRIES = 3
+"""Engines a shard may take down before it is the shard that is at fault."""
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""Method, positional and named arguments."""
+
+
+@dataclass(kw_only=True)
+class Dispatch:
+    """The calls of one request."""
+
+    calls: Sequence[Call]
+    engines: Mapping[str, Any]
+    """Actor handles by engine id; whoever `blame` or `bring_back` launches again takes its old place."""
+    health: FleetHealth
+    """Only HEALTHY engines are given calls."""
+    deadline_s: float
+    """Seconds a call may take."""
+    shards: Counter[str]
+    """Calls answered, by engine; counted on."""
+    blame: Callable[[EngineFailure], None]
+    """Told of every engine that is lost."""
+    bring_back: Callable[[EngineFailure], None] | None
+    """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
+    check: Callable[[int, Any], None] | None = None
+    """Looks at each result, given its index, while other engines still work."""
+    _waiting: deque[int] = field(default_factory=deque)
+    """Indices of calls that nobody works on."""
+    _results: list[Any] = field(default_factory=list)
+    _unchecked: list[int] = field(default_factory=list)
+    """Indices of results that nobody has looked at."""
+    _running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
+    """Call under way → its index, its engine, when it is overdue."""
+    _failed: dict[str, EngineFailure] = field(default_factory=dict)
+    """Engines that are asked no more in this request."""
+    _accused: dict[int, EngineFailure] = field(default_factory=dict)
+    """Call → the engine that raised on it, while no other engine has answered it."""
+    _tries: Counter[int] = field(default_factory=Counter)
+    """Failures by call."""
+
+    def run(self) -> list[Any]:
+        """Results of the calls, in their order.
+
+        Raises:
+            EngineFailure: a call failed on several engines, or nobody is left and nobody comes back.
+            RunError: nobody may be asked.
+        """
+        self._waiting = deque(range(len(self.calls)))
+        self._results = [None] * len(self.calls)
+        # After a failure the calls still under way run out by themselves: a cancelled one leaves a gap in the actor's
+        # sequence of calls, for which Ray then waits 30 s.
+        while self._waiting or self._running:
+            self._hand_out()
+            self._look()
+            if not self._running:
+                self._wait_for_somebody()
+                continue
+            self._take_answers()
+        self._look()
+        return self._results
+
+    def _hand_out(self) -> None:
+        """Give every free engine a call."""
+        busy = {engine_id for _, engine_id, _ in self._running.values()}
+        for engine_id in self.health.named(EngineState.HEALTHY):
+            if self._waiting and engine_id not in busy and engine_id not in self._failed:
+                index = self._waiting.popleft()
+                method, arguments, named = self.calls[index]
+                reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
+                self._running[reference] = index, engine_id, time.monotonic() + self.deadline_s
+
+    def _look(self) -> None:
+        """Check the results that came since the last time."""
+        if self.check is not None:
+            for index in self._unchecked:
+                self.check(index, self._results[index])
+        self._unchecked.clear()
+
+    def _take_answers(self) -> None:
+        """Wait for an answer, and take all that are there; or the failure of the call that is overdue first."""
+        import ray
+
+        soonest = min(deadline for _, _, deadline in self._running.values())
+        ready, rest = ray.wait(list(self._running), timeout=max(0.0, soonest - time.monotonic()))
+        if ready and rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        overdue = not ready
+        for reference in ready or [min(self._running, key=lambda one: self._running[one][2])]:
+            index, engine_id, _ = self._running.pop(reference)
+            try:
+                if overdue:
+                    what = f"no answer within rollout.deadline_s, {self.deadline_s} s"
+                    raise EngineFailure(engine_id, what, LossReason.SILENT)
+                self._results[index] = engine_result(engine_id, reference, self.deadline_s, f"shard {index}")
+            except EngineFailure as failure:
+                self._lost(failure, index)
+                continue
+            self._unchecked.append(index)
+            self.shards[engine_id] += 1
+            if index in self._accused:
+                self.blame(self._accused.pop(index))
+
+    def _lost(self, failure: EngineFailure, index: int) -> None:
+        """Put the call back in front and see who is to blame: the engine, or the call itself.
+
+        An engine that raised is to blame once another one answers the same call.
+        """
+        self._waiting.appendleft(index)
+        self._failed[failure.engine_id] = failure
+        self._tries[index] += 1
+        others = [name for name in self.health.named(EngineState.HEALTHY) if name not in self._failed]
+        raised = failure.reason is LossReason.RAISED
+        # What raises on two engines, or on the only one, would raise on every one; what kills several is no accident.
+        if (raised and (self._tries[index] > 1 or not others)) or self._tries[index] >= MOST_TRIES:
+            raise failure
+        if raised:
+            self._accused[index] = failure
+        else:
+            self.blame(failure)
+
+    def _wait_for_somebody(self) -> None:
+        """Nobody is left to ask: have the lost engines brought back, or raise what took the last one.
+
+        Raises:
+            EngineFailure: there is no `bring_back`, or nobody came back.
+            RunError: nobody could be asked from the beginning.
+        """
+        if not self._failed:
+            states = {name: engine.state.value for name, engine in self.health.engines.items()}
+            raise RunError(f"no engine holds verified weights: {states}")
+        last = list(self._failed.values())[-1]
+        if self.bring_back is None:
+            raise last
+        self.bring_back(last)
+        self._failed.clear()
+        if not self.health.named(EngineState.HEALTHY):
+            raise last
