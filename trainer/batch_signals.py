@@ -14,8 +14,8 @@ from data.catalogue import Catalogue
 from data.feedback import Anchors
 from data.records import NO_ITEM, BoolArray, FloatArray, IntArray, Kind, Prompt, ScoredGroups
 from trainer.anchor import AnchorMode
+from trainer.completion_scores import ScoreOutputs
 from trainer.gate import GateKind, RankerScores, policy_scores
-from trainer.learner import ScoreOutputs
 from trainer.list_signals import ListSignals
 from trainer.members import KIND_CODE, Members
 from trainer.objective_settings import ObjectiveSettings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rollout.movers import Endpoint, MoverRequest
 from rollout.probe import Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 from rollout.sending import Outbox
+from trainer.completion_scores import ScoreOutputs, legal_sets, score_batches, score_probe
 from trainer.dropout import BranchDropout
 from trainer.export import export_hf
 from trainer.learner_state import OptimiserState, load_state, save_state
@@ -46,32 +46,11 @@ from trainer.policy import (
 )
 from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
 from trainer.settings import LearnerSettings, Precision
-from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, lay_out, sequence_pieces
+from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, sequence_pieces
 
 SequenceRows = Sequence[tuple[IntArray, BoolArray]]
 
 _DTYPES = {Precision.FLOAT32: torch.float32, Precision.BFLOAT16: torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOutputs:
-    """Scores of completions, float32 `[P, G, T]`, 0 where there is no token."""
-
-    logp_PGT: FloatArray
-    """Renormalised log-probability at the rollout temperature; 0 where the token is not legal."""
-    full_logp_PGT: FloatArray
-    """Full-vocabulary log-probability at temperature 1."""
-    legal_mass_PGT: FloatArray
-    entropy_PGT: FloatArray
-    """Entropy of the renormalised policy, nats."""
-    certainty_PGT: FloatArray
-    """KL(uniform || renormalised policy), nats."""
-    choices_PGT: FloatArray
-    """Number of legal continuations."""
-    legal_PGT: BoolArray
-    """True on tokens that the constraint permits."""
-    ref_logp_PGT: FloatArray | None = None
-    """Renormalised log-probability under the reference; None where no reference was loaded."""
 
 
 class Learner:
@@ -172,9 +151,9 @@ class Learner:
     def score(self, completions: Completions, temperature: float) -> ScoreOutputs:
         """Scores of this rank's share, zeros elsewhere; without gradient, by the weights as they are."""
         batches, table = self._share(completions)
-        outputs = self._score_with(self._engine, batches, table, completions.shape, temperature)
+        outputs = score_batches(self._engine, batches, table, completions.shape, temperature, self._device)
         if self._reference is not None:
-            reference = self._score_with(self._reference, batches, table, completions.shape, temperature)
+            reference = score_batches(self._reference, batches, table, completions.shape, temperature, self._device)
             return ScoreOutputs(**outputs, ref_logp_PGT=reference["logp_PGT"])
         return ScoreOutputs(**outputs)
 
@@ -187,7 +166,7 @@ class Learner:
             logp_PGT: of `score`, by the present weights.
         """
         batches, table = self._share(completions)
-        exact = self._score_with(self._exact(), batches, table, completions.shape, temperature)
+        exact = score_batches(self._exact(), batches, table, completions.shape, temperature, self._device)
         legal_PGT = exact["legal_PGT"]
         gap_X = np.abs(logp_PGT[legal_PGT].astype(np.float64) - exact["logp_PGT"][legal_PGT])
         return {"sum": float(gap_X.sum()), "max": float(gap_X.max(initial=0)), "count": float(gap_X.size)}
@@ -212,40 +191,6 @@ class Learner:
             ranks=self.place.ranks,
         )
 
-    @torch.no_grad()
-    def _score_with(
-        self,
-        policy: Callable[[TreeBatch], Tensor],
-        batches: Sequence[TreeBatch],
-        table: LegalTable,
-        shape: tuple[int, int, int],
-        temperature: float,
-    ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {
-            name: np.zeros(shape, dtype=np.float32)
-            for name in (
-                "logp_PGT",
-                "full_logp_PGT",
-                "legal_mass_PGT",
-                "entropy_PGT",
-                "certainty_PGT",
-                "choices_PGT",
-            )
-        }
-        outputs["legal_PGT"] = np.zeros(shape, dtype=np.bool_)
-        for batch in batches:
-            moved = batch.to(self._device)
-            scores = token_scores(policy(moved), moved, self._legal(table, batch), temperature)
-            slots = batch.slot_K.numpy()
-            for name, array in outputs.items():
-                array.reshape(-1)[slots] = getattr(scores, name.replace("_PGT", "_K")).cpu().numpy()
-        return outputs
-
-    def _legal(self, table: LegalTable, batch: TreeBatch) -> Any:
-        sets, place_K, legal_K = table.sets(batch)
-        moved = type(sets)(sets.token_NC.to(self._device), sets.legal_NC.to(self._device))
-        return moved, place_K.to(self._device), legal_K.to(self._device)
-
     # -- updates
 
     def update(self, completions: Completions, inputs: UpdateInputs) -> dict[str, float]:
@@ -264,7 +209,7 @@ class Learner:
             moved = batch.to(self._device)
             scores, anchor = self._graded_scores(
                 moved,
-                self._legal(table, batch),
+                legal_sets(table, batch, self._device),
                 inputs.temperature,
                 entropy_gradient=inputs.entropy_weight_PGT is not None,
             )
@@ -400,21 +345,11 @@ class Learner:
 
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """For the weight channel: every rank scores the whole probe, because a forward pass is a collective."""
-        logp = self._score_probe(self._engine, probe)
+        logp = score_probe(self._engine, probe, self._device)
         noise = None
         if self.settings.dtype is not Precision.FLOAT32:
-            noise = probe_gap(logp, self._score_probe(self._exact(), probe))
+            noise = probe_gap(logp, score_probe(self._exact(), probe, self._device))
         return ProbeAnswer(logp=tuple(logp), noise=noise)
-
-    @torch.no_grad()
-    def _score_probe(self, policy: Callable[[TreeBatch], Tensor], probe: Probe) -> list[FloatArray]:
-        completions = Completions.of_sequences(probe.prompts, probe.completions)
-        longest = max(len(prompt) for prompt in probe.prompts) + completions.shape[2]
-        batch = lay_out(completion_pieces(completions, longest)).to(self._device)
-        logp_PGT = np.zeros(completions.shape, dtype=np.float32)
-        logp_PGT.reshape(-1)[batch.slot_K.cpu().numpy()] = full_log_probabilities(policy(batch), batch).cpu().numpy()
-        lengths = completions.length_PG[completions.valid_PG]
-        return [logp_T[:length] for logp_T, length in zip(logp_PGT[completions.valid_PG], lengths, strict=True)]
 
     # -- disk
 

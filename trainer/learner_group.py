@@ -20,14 +20,15 @@ from rollout.peers import LocalPeer, Peer, RayPeer
 from rollout.placement import Placement
 from rollout.probe import Probe, ProbeAnswer
 from rollout.receiving import PushMessage, Receipt
-from trainer.learner import Learner, ScoreOutputs, SequenceRows
+from trainer.completion_scores import ScoreOutputs
+from trainer.learner import Learner, SequenceRows
 from trainer.losses import UpdateInputs, join_statistics, update_metrics
 from trainer.rank_group import LearnerLost, RankActor, RankGroup
 from trainer.ranks import RankPlace
 from trainer.settings import LearnerSettings
 from trainer.trees import Completions
 
-__all__ = ["LearnerGroup", "LearnerLost", "ScoreOutputs"]
+__all__ = ["LearnerGroup", "LearnerLost"]
 
 
 class HasTrie(Protocol):

@@ -50,11 +50,12 @@ from trainer.batch_signals import (
     without_illegal_anchors,
 )
 from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
+from trainer.completion_scores import ScoreOutputs
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
 from trainer.given_scores import compared_tokens, given_items
 from trainer.jobs import RlJob, completion_tokens
-from trainer.learner_group import LearnerGroup, ScoreOutputs
+from trainer.learner_group import LearnerGroup
 from trainer.list_scoring import ListScorer
 from trainer.list_signals import ListSignals
 from trainer.lookahead import Lookahead

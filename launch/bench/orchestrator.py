@@ -31,8 +31,9 @@ from launch.bench.step_job import prompt_builder
 from launch.cluster import cluster
 from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
+from trainer.completion_scores import ScoreOutputs
 from trainer.jobs import RlJob
-from trainer.learner_group import LearnerGroup, ScoreOutputs
+from trainer.learner_group import LearnerGroup
 from trainer.loop import RlLoop
 from trainer.losses import UpdateInputs
 from trainer.run_settings import LOCAL, ClusterSettings

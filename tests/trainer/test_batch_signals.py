@@ -20,9 +20,9 @@ from reward.settings import RewardSettings
 from reward.wire import ScoreCall
 from tests.reward.rankers import plain_scores
 from trainer.batch_signals import FeedbackRows, batch_signals, extended, scored_extras, without_illegal_anchors
+from trainer.completion_scores import ScoreOutputs
 from trainer.gate import Gate, GateKind
 from trainer.gate_scores import cross_negatives, gate_scores
-from trainer.learner import ScoreOutputs
 from trainer.members import KIND_CODE, batch_members
 from trainer.objective_settings import ObjectiveSettings
 from trainer.trees import Completions
