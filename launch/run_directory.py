@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "rollout.threads",
     "rollout.gpus",
     "rollout.kv_cache_gib",
+    "rollout.sleeps",
     "rollout.start_deadline_s",
     "rollout.deadline_s",
     "reward.transport",

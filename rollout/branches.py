@@ -83,6 +83,10 @@ class PromptStore:
             self._value.append(torch.empty(shape, dtype=self._dtype, device=self._device))
         self._room = tokens
 
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._key, self._value, self._room = [], [], 0
+
     def write(self, layer: int, start: int, key_XKD: Tensor, value_XKD: Tensor) -> None:
         """Keep the keys and values of neighbouring tokens."""
         stop = start + len(key_XKD)

@@ -126,7 +126,7 @@ class PushReport:
     """Probe gap by engine."""
     limit: Gap
     seconds: Mapping[str, float]
-    """By phase: `transfer`, `probe`, `total`."""
+    """By phase: `transfer`, `probe`, `total`, and of the transfer `wake` where engines slept."""
     replaced: tuple[str, ...] = ()
     """Engines that were replaced on the way."""
 
@@ -221,13 +221,16 @@ class WeightChannel:
         self._gather(version, calls, Deadline(self.settings.probe_deadline_s))
         self.version = version
         now = time.monotonic()
+        seconds = {"transfer": moved - begun, "probe": now - moved, "total": now - begun}
+        if waking_s := max((receipt.waking_s for receipt in received.values()), default=0.0):
+            seconds["wake"] = waking_s
         return PushReport(
             version=version,
             nbytes=message.layout.total_bytes,
             buckets=message.layout.buckets,
             gap=gaps,
             limit=limit,
-            seconds={"transfer": moved - begun, "probe": now - moved, "total": now - begun},
+            seconds=seconds,
             replaced=replaced,
         )
 

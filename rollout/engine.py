@@ -18,6 +18,7 @@ from rollout import vllm_internals as internals
 from rollout.adapter_check import check_adapter
 from rollout.receiving import PushMessage, Receipt, ReceivingEngine
 from rollout.settings import EngineKind, RolloutSettings
+from rollout.sleeping import Memory
 
 
 class Engine(Protocol):
@@ -51,6 +52,10 @@ class Engine(Protocol):
 
     def publish_weights(self, version: int) -> None:
         """Make the pushed version visible."""
+        ...
+
+    def fall_asleep(self) -> float:
+        """Give memory back until the next push; see `rollout.sleeping`."""
         ...
 
     def describe(self) -> dict[str, str]:
@@ -103,12 +108,15 @@ class VllmEngine(ReceivingEngine):
             disable_log_stats=True,
             worker_extension_cls="rollout.worker.RolloutWorker",
             weight_transfer_config={"backend": BACKEND},
+            **_sharing_arguments(settings),
             **_adapter_arguments(settings),
         )
         if settings.adapter is not None:
             internals.add_lora(self._llm, settings.adapter)
         self.engine_id = engine_id
         self.weight_version = 0
+        # An adapter is pushed without the matrices below it, so those must outlive a sleep.
+        self._sleep_level = 1 if settings.live_adapter.on else 2
         self._rpc("windlass_open", str(hf_dir), settings)
 
     def _rpc(self, method: str, *arguments: Any) -> list[Any]:
@@ -130,6 +138,7 @@ class VllmEngine(ReceivingEngine):
 
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """See `Engine.score`."""
+        self.require_awake()
         scores: list[FloatArray] = self._rpc("windlass_score", list(prompts), list(completions))[0]
         return scores
 
@@ -137,6 +146,13 @@ class VllmEngine(ReceivingEngine):
         from rollout.weight_transfer import take_push
 
         return take_push(self._llm, message, rank)
+
+    def _give_memory(self) -> None:
+        self._rpc("windlass_give_memory")
+        internals.fall_asleep(self._llm, self._sleep_level)
+
+    def _take_memory(self, memory: Memory) -> None:
+        internals.wake_up(self._llm, memory.value)
 
     def describe(self) -> dict[str, str]:
         """See `Engine.describe`."""
@@ -154,6 +170,17 @@ def _adapter_arguments(settings: RolloutSettings) -> dict[str, Any]:
     if settings.live_adapter.on:
         return internals.lora_arguments(settings.live_adapter.rank)
     return {} if settings.adapter is None else internals.lora_arguments(adapter_rank(settings.adapter))
+
+
+def _sharing_arguments(settings: RolloutSettings) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for an engine that shares its card; none on CPU."""
+    arguments: dict[str, Any] = {}
+    if 0 < settings.gpus < 1:
+        # vLLM wants this share of the card to be free when it starts, whatever it takes of it.
+        arguments["gpu_memory_utilization"] = internals.CARD_SHARE * settings.gpus
+    if settings.sleeps and internals.can_sleep():
+        arguments["enable_sleep_mode"] = True
+    return arguments
 
 
 def engine_class(settings: RolloutSettings) -> type[Any]:

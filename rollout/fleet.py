@@ -63,6 +63,8 @@ class RolloutFleet:
     """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
     joining: dict[str, Any] = field(default_factory=dict)
     """Engines that come up while others carry on and have not answered yet → their first answer."""
+    asleep: bool = False
+    """Whether the engines gave their memory back and wait for a push."""
     most_waiting: int = 0
     """Most shards of a request that waited for an engine since somebody set this to 0."""
     _numbered: int = 0
@@ -147,7 +149,7 @@ class RolloutFleet:
 
     def verified(self, incarnations: dict[str, int], version: int) -> None:
         """A push to these processes became visible after its checks: they may be asked, all others may not."""
-        self._pushed = True
+        self._pushed, self.asleep = True, False
         self.health.pushed(incarnations, version, time.monotonic())
 
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
@@ -185,6 +187,8 @@ class RolloutFleet:
 
     def _dispatch(self, calls: Sequence[Call], check: Callable[[int, Any], None] | None = None) -> list[Any]:
         """Results of the calls, in their order; see `rollout.dispatch`."""
+        if self.asleep:
+            raise RunError("the engines are asleep until the next push: the learners have their memory")
         able = len(self.health.named(EngineState.HEALTHY))
         self.most_waiting = max(self.most_waiting, len(calls) - able)
         return Dispatch(
@@ -206,6 +210,24 @@ class RolloutFleet:
         self.losses[failure.reason] += 1
         if self.on_loss is not None:
             self.on_loss(failure)
+
+    def sleep(self) -> float:
+        """Every engine that is up gives its memory back until the next push; returns seconds, 0 where they sleep.
+
+        Only while no request is under way. An engine that fails is lost, as in a request.
+        """
+        if self.asleep:
+            return 0.0
+        begun, self.asleep = time.monotonic(), True
+        up = self.health.named(EngineState.HEALTHY, EngineState.STALE)
+        for name, call in [(name, self.engines[name].fall_asleep.remote()) for name in up]:
+            left = begun + self.settings.deadline_s - time.monotonic()
+            try:
+                engine_result(name, call, max(0.0, left), "falling asleep")
+            except EngineFailure as failure:
+                self._blame(failure)
+        self.health.slept(time.monotonic())
+        return time.monotonic() - begun
 
     def relaunch(self, engine_id: str) -> None:
         """Start a fresh process in the place of an engine that is not to be asked; does not wait for it.

@@ -2,7 +2,7 @@
 
     STARTING  launched, has not answered yet            → STALE when it is up; DEAD at the start deadline
     STALE     is up, but its weights are not verified   → HEALTHY by a verified push, and by nothing else
-    HEALTHY   holds the fleet's version, verified       → STALE when a push passes it by; SUSPECT; DEAD
+    HEALTHY   holds the fleet's version, verified       → STALE when a push passes it by or it sleeps; SUSPECT; DEAD
     SUSPECT   fell silent, or raised an error           → STALE when it answers; DEAD when it stays silent
     DEAD      its process is gone, or counts as gone    → STARTING by a launch, as another incarnation
 
@@ -111,6 +111,11 @@ class FleetHealth:
                 self.engines[name] = replace(engine, state=EngineState.HEALTHY, since=now, version=version)
             elif engine.state is EngineState.HEALTHY:
                 self.engines[name] = replace(engine, state=EngineState.STALE, since=now, version=None)
+
+    def slept(self, now: float) -> None:
+        """The engines gave their memory back: nobody holds weights that may be used before the next push."""
+        for name in self.named(EngineState.HEALTHY):
+            self.engines[name] = replace(self.engines[name], state=EngineState.STALE, since=now, version=None)
 
     def tick(self, now: float) -> list[str]:
         """Give up who has been starting or silent for too long; returns their names."""

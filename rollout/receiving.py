@@ -3,15 +3,16 @@
     push begins → IN_TRANSIT → buckets verified and loaded → (probe) → published: `weight_version` is the new one
 
 While a push is under way, or after one that failed, the engine has no version that anybody could record with a group,
-so it must not generate. Nothing here needs vLLM; the vLLM worker's part is `rollout.weight_transfer`.
+so it must not generate. An engine that sleeps (`rollout.sleeping`) takes memory for weights before the first bucket
+and for caches after the last one. Nothing here needs vLLM; the vLLM worker's part is `rollout.weight_transfer`.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from data.errors import RunError
 from rollout.buckets import HEADER_BYTES, BucketError, Layout, Unpacker
 from rollout.movers import BucketReceiver, Deadline, Endpoint, open_receiver
+from rollout.sleeping import Memory, SleepingEngine
 
 IN_TRANSIT = -1
 """Version of an engine whose weights are being replaced, or whose last push failed."""
@@ -69,6 +71,8 @@ class Receipt:
     """Tensors handed to the model."""
     nbytes: int
     seconds: float
+    waking_s: float = 0.0
+    """Of them, until an engine that slept had its memory again."""
 
 
 LoadTensors = Callable[[list[tuple[str, Tensor]]], None]
@@ -153,7 +157,7 @@ def _inject(message: PushMessage, buffer: Tensor) -> None:
         time.sleep(2 * message.deadline_s)
 
 
-class ReceivingEngine(ABC):
+class ReceivingEngine(SleepingEngine):
     """Mixin of the engines: the weight channel's methods, and who may see which version.
 
     An engine implements `_take_push`; it must refuse to generate while `weight_version` is `IN_TRANSIT`.
@@ -176,8 +180,17 @@ class ReceivingEngine(ABC):
         """
         self.weight_version = IN_TRANSIT
         self._loaded = None
-        self._loaded = self._take_push(message, rank)
+        waking_s = self._wake(Memory.WEIGHTS)
+        receipt = self._take_push(message, rank)
+        waking_s += self._wake(Memory.CACHES)
+        self._loaded = replace(receipt, seconds=receipt.seconds + waking_s, waking_s=waking_s)
         return self._loaded
+
+    def fall_asleep(self) -> float:
+        """See `SleepingEngine`; no version may be asked for before the next one is published."""
+        self.weight_version = IN_TRANSIT
+        self._loaded = None
+        return super().fall_asleep()
 
     def publish_weights(self, version: int) -> None:
         """Make the version that was loaded and probed visible.
@@ -196,6 +209,7 @@ class ReceivingEngine(ABC):
 
     def require_visible(self) -> None:
         """Raise RunError while there is no version to generate with."""
+        self.require_awake()
         if self.weight_version == IN_TRANSIT:
             raise RunError("the engine's weights are in transit or its last push failed: it must not generate")
 

@@ -198,6 +198,7 @@ class ReferenceEngine(ReceivingEngine):
     @torch.inference_mode()
     def score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """Full-vocabulary log-probabilities of each completion token at temperature 1, float32."""
+        self.require_awake()
         self._decoder.check_sequences(prompts, completions)
         scores = []
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -214,6 +215,10 @@ class ReferenceEngine(ReceivingEngine):
 
     def _take_push(self, message: PushMessage, rank: int) -> Receipt:
         return self._inbox.receive(message, rank=rank)
+
+    def _give_memory(self) -> None:
+        """The caches; the weights of a plain model stay where they are."""
+        self._backend.release()
 
     def describe(self) -> dict[str, str]:
         """See `rollout.engine.Engine.describe`."""

@@ -85,6 +85,9 @@ class RolloutSettings(Settings):
     GPUs `gpus` has to be as many."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per engine: 0 on CPU; below 1 shares a GPU between engines."""
+    sleeps: bool = False
+    """Engines give their memory back while the learners work, for those that share cards with them; a job sets it
+    (cluster.colocated)."""
     start_deadline_s: float = Field(300.0, gt=0)
     """Seconds an engine may take to come up."""
     deadline_s: float = Field(300.0, gt=0)

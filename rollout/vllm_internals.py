@@ -21,7 +21,9 @@ VLLM_VERSION = "0.32.0"
 """The version that was read and measured."""
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "vllm.LLM": ("collective_rpc", "reset_prefix_cache"),
+    "vllm.LLM": ("collective_rpc", "reset_prefix_cache", "sleep", "wake_up"),
+    "vllm.platforms.interface.Platform": ("is_sleep_mode_available",),
+    "vllm.engine.arg_utils.EngineArgs": ("enable_sleep_mode", "gpu_memory_utilization"),
     "vllm.v1.engine.core_client.InprocClient": ("shutdown",),
     "vllm.distributed.parallel_state.cleanup_dist_env_and_memory": ("shutdown_ray",),
     "vllm.config.VllmConfig": ("model_config", "compilation_config", "cache_config"),
@@ -189,6 +191,30 @@ def replace_lora(runner: Any, tensors: dict[str, torch.Tensor], *, version: int,
     manager.remove_all_adapters()
     manager._adapter_manager.add_adapter(adapter)
     return LoRARequest("windlass", adapter.id, "pushed")
+
+
+CARD_SHARE = 0.92
+"""Of a card that vLLM has to itself: what it wants to be free by default."""
+
+
+def can_sleep() -> bool:
+    """Whether vLLM can give memory back on this platform; on CPU it cannot."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_sleep_mode_available())
+
+
+def fall_asleep(llm: Any, level: int) -> None:
+    """Give the memory of weights and caches back: level 1 keeps a copy of the weights on the host, level 2 drops them.
+
+    On CPU vLLM forgets its prefix cache and takes no requests until it is woken, and leaves its memory as it is.
+    """
+    llm.sleep(level=level)
+
+
+def wake_up(llm: Any, tag: str) -> None:
+    """Take memory for `weights` or `kv_cache`; with both, vLLM takes requests again."""
+    llm.wake_up(tags=[tag])
 
 
 def shutdown(llm: Any) -> None:

@@ -121,6 +121,12 @@ class BranchBackend:
         """The memory is free for the next wave."""
         self._branches = None
 
+    def give_memory(self) -> None:
+        """Keep no memory for the next wave, which takes it anew."""
+        self._branches = None
+        self._store.clear()
+        self._caches, self._room = [], (0, 0)
+
 
 def _whole(head: HeadRows) -> HeadRows:
     """The whole head, for a model whose head has no rows to choose from."""
@@ -179,6 +185,10 @@ class RolloutWorker(WeightReceiver):
             weight_version=weight_version,
             engine_id=engine_id,
         )
+
+    def windlass_give_memory(self) -> None:
+        """Before sleep: what the beam loop keeps, which vLLM does not know of."""
+        self.windlass_backend.give_memory()
 
     def windlass_score(self, prompts: Sequence[IntArray], completions: Sequence[IntArray]) -> list[FloatArray]:
         """See `rollout.engine.Engine.score`."""

@@ -233,6 +233,8 @@ class RlJob(PolicyJobSettings):
     def _check_staleness(self) -> None:
         if self.cluster.colocated:
             raise RequestError("max_staleness", self.max_staleness, "0 with cluster.colocated: both work in turn")
+        if self.rollout.sleeps:
+            raise RequestError("max_staleness", self.max_staleness, "0 with rollout.sleeps: both work in turn")
         if self.rollout_only is not None or self.train_only is not None:
             raise RequestError("max_staleness", self.max_staleness, "0 with rollout_only or train_only")
         if self.objective.truncation.level is TruncationLevel.NONE:

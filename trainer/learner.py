@@ -7,6 +7,7 @@ results for that share; `learner_group` joins them.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -381,6 +382,12 @@ class Learner:
         tensors = {name: self._whole(Part(base=parameter)) for name, parameter in self._trained.items()}
         if self.place.rank == 0:
             self._adapter.write(folder, tensors, self.hf_dir)
+
+    def give_memory(self) -> None:
+        """Give back what torch's allocator keeps of the card for later; on CPU it keeps nothing."""
+        if self._cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Free the mover and DeepSpeed's hooks."""

@@ -179,6 +179,10 @@ class LearnerGroup(RankGroup):
             self._source = LocalPeer("learner", self._local) if self._local else RayPeer("learner", self._actors)
         return self._source
 
+    def give_memory(self) -> None:
+        """Before engines that share the ranks' cards wake: what the ranks keep for later and do not hold now."""
+        self._all("give_memory")
+
     def export_hf(self, folder: Path) -> None:
         """Write weights, configuration, tokenizer and catalogue as a Hugging Face folder."""
         self._all("export_hf", Path(folder))

@@ -8,6 +8,7 @@ Who waits for whom:
 |----------------------|---------------------------------------|-------------------------------------------------|
 | rollout of step k    | weight version k-1-S on every engine  | both checks of the push, or the push's deadline |
 | reward               | all groups of the batch               | the last shard, or an engine's deadline         |
+| score, colocated     | engines that give their memory back   | their answer, or an engine's deadline           |
 | update               | rewards, scores and the gap's verdict | the reward service's answer, or its deadline    |
 | push                 | rollouts that are under way (S ≥ 1)   | the last shard, or an engine's deadline         |
 | checkpoint           | the push and the evaluation           | the next step begins after it is on disk        |
@@ -162,6 +163,7 @@ class RlLoop(TrainingLoop):
             rollouts = Completions.of_groups(prompts, groups)
             negative_PN = self._random_negatives(prompts, scored, step)
             whole = extended(rollouts, prompts, self.job.objective, self.catalogue, feedback, negative_PN)
+        metrics |= self.host.rest_engines()
         with self.timer.phase("score"):
             asked = whole.completions if scored_extras(self.job.objective) else rollouts
             scores = self.learners.score(asked, self.job.rollout.temperature)

@@ -95,6 +95,8 @@ class PolicyRun:
         """See `trainer.training_loop.Host`; nothing to do without a fleet."""
         if self.healing is None:
             return {}
+        if self.started_fleet.asleep:
+            self.learners.give_memory()
         try:
             report = self.healing.push(version)
         except PushError as error:
@@ -104,6 +106,12 @@ class PolicyRun:
             raise
         self.versions.append(version)
         return push_metrics(report)
+
+    def rest_engines(self) -> Metrics:
+        """See `trainer.training_loop.Host`; nothing to do where engines have cards of their own."""
+        if self.fleet is None or not self.job.rollout.sleeps or self.fleet.asleep:
+            return {}
+        return {"time/sleep": self.fleet.sleep()}
 
     def evaluate(self, step: int) -> Evaluation | ListEvaluation | None:
         """See `trainer.training_loop.Host`; none without a fleet."""
@@ -223,6 +231,8 @@ def policy_run(
     if job.learner.lora.alone:
         shape = live_adapter(job.learner.lora, hf_dir)
         job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"live_adapter": shape})})
+    if job.cluster.colocated:
+        job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"sleeps": True})})
     reference = hf_dir if isinstance(job, RlJob) and job.objective.beta > 0 else None
     check_heads(job, hf_dir)
     plan = check_cluster(job, with_fleet=with_fleet)

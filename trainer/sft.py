@@ -137,7 +137,8 @@ class SftLoop(TrainingLoop):
     def step(self) -> Metrics:
         """One optimiser step on a batch of windows."""
         rows = self.feed.next()
+        metrics: Metrics = self.host.rest_engines()
         with self.timer.phase("update"):
-            metrics: Metrics = dict(self.learners.update_sft(rows))
+            metrics |= self.learners.update_sft(rows)
         self.state = dataclasses.replace(self.state, step=self.state.step + 1, cursor=dict(self.feed.state_dict()))
         return metrics | {"epoch": self.epochs(), "rows": float(len(rows))}

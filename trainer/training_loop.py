@@ -29,6 +29,10 @@ class Host(Protocol):
         """Take the learners' weights to the fleet; raises when a check fails."""
         ...
 
+    def rest_engines(self) -> Metrics:
+        """The learners begin: engines that share cards with them sleep until the next push."""
+        ...
+
     def evaluate(self, step: int) -> Evaluation | ListEvaluation | None:
         """Evaluate the fleet's present weights on the validation rows; none without a fleet."""
         ...

@@ -35,6 +35,10 @@ class BenchHost:
         self._channel.push(version)
         return {}
 
+    def rest_engines(self) -> dict[str, float]:
+        """Its engines have processors of their own."""
+        return {}
+
     def evaluate(self, step: int) -> None:
         """A benchmark evaluates nothing."""
 

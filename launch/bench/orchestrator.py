@@ -222,6 +222,10 @@ class SimulatedHost:
         self._fleet.publish(version)
         return {}
 
+    def rest_engines(self) -> dict[str, float]:
+        """Simulated engines hold no memory."""
+        return {}
+
     def evaluate(self, step: int) -> None:
         """A benchmark evaluates nothing."""
 

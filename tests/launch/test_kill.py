@@ -110,6 +110,15 @@ def test_a_run_that_loses_its_learners_begins_again_from_the_manifest(world: Pat
 
 
 @pytest.mark.long
+def test_a_colocated_run_is_the_same_to_the_bit(world: Path) -> None:
+    run = world / "runs" / "colocated"
+    done = windlass("train", "job.yaml", "--run-dir", str(run), "--cluster.colocated", "true", cwd=world)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, world / "runs" / "whole")
+    assert all(step["time/sleep"] > 0 for step in read_steps(run)[1:])
+
+
+@pytest.mark.long
 def test_three_kills_at_random_times(world: Path) -> None:
     run = world / "runs" / "random"
     chance = random.Random(7)

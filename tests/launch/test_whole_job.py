@@ -1,5 +1,5 @@
-"""A whole job through the command line: two vLLM engines, two DeepSpeed ranks with ZeRO-2, Ray Serve over HTTP, three
-steps, started in a folder that holds its own `data/` and `trainer.py`.
+"""A whole job through the command line: two vLLM engines, each colocated with one of two DeepSpeed ranks with ZeRO-2,
+Ray Serve over HTTP, three steps, started in a folder that holds its own `data/` and `trainer.py`.
 
 Checks what a user would look at: exit code, metrics, versions, the policy gap, checkpoints that transformers loads.
 Does not check quality (the demo does) nor crashes (tests/launch/test_kill.py).
@@ -46,6 +46,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rl",
         learner={"ranks": 2, "zero_stage": 2},
         rollout={"engines": 2},
+        cluster={"colocated": True},
         reward={"ranker": "runs/ranker/ranker", "ranker_score": 0.1, "transport": "http"},
         evaluation={"unconstrained_rows": 8, "every": 1, "scores": {"rows": 12, "negatives": 10}},
     )
@@ -66,6 +67,9 @@ def test_steps_rewards_and_versions(finished_run: Path) -> None:
         assert step["reward/failed_share"] == 0
         assert 0 < step["policy_gap/mean"] <= step["policy_gap/max"] < 1e-4
         assert 0 < step["legal_mass"] <= 1
+        # Engines sleep while the learners work; a rollout of the next step shows that the push woke them.
+        assert min(step["time/sleep"], step["time/push/wake"]) > 0
+    assert not {"time/sleep", "time/push/wake"} & steps[0].keys()
     assert "ndcg@10" in steps[0]
     assert "ndcg@10" in steps[-1]
 

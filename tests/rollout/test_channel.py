@@ -1,6 +1,6 @@
 """Contract: a push changes what the engine computes to what the learner computes, tied head included, and shows the
 version only after both checks; every way of withholding or breaking a part raises, inside the deadline, and leaves the
-engine without a version; a failed engine is replaced.
+engine without a version; a failed engine is replaced; an engine that slept wakes by a push.
 
 Real engines: vLLM in this process, and the reference engine. Not covered: engines in Ray actors (test_fleet), GPUs.
 """
@@ -167,6 +167,52 @@ def test_the_rows_of_a_level_follow_a_push(
     assert np.array_equal(after.token_PGT, whole.token_PGT)
     np.testing.assert_allclose(after.logp_PGT, whole.logp_PGT, atol=1e-5)
     assert not np.allclose(after.logp_PGT, before.logp_PGT, atol=1e-2)
+
+
+def test_an_engine_that_slept_computes_as_before(
+    engine: Any, rig: Callable[..., Rig], restored: Callable[[Engine], Engine], catalogue: Catalogue
+) -> None:
+    one = rig({"engine": restored(engine)})
+    prompts, spec = random_prompts(catalogue, [9, 14, 9], seed=3), DecodeSpec(decode=Decode.BEAM, width=4)
+    one.channel.push(1)
+    before = engine.generate(prompts, spec)
+    assert engine.fall_asleep() >= 0
+    assert engine.weight_version == IN_TRANSIT
+    for ask in (lambda: engine.generate(prompts, spec), lambda: one.gap(engine)):
+        with pytest.raises(RunError, match="the engine is asleep: its memory belongs to the learners"):
+            ask()
+    report = one.channel.push(1)
+    assert report.gap["engine"].max < 1e-4
+    assert 0 < report.seconds["wake"] < report.seconds["transfer"]
+    after = engine.generate(prompts, spec)
+    for field in ("token_PGT", "item_PG", "logp_PGT", "weight_version_P"):
+        assert np.array_equal(getattr(after, field), getattr(before, field))
+    assert "wake" not in one.channel.push(2).seconds, "nobody slept"
+
+
+def test_vllm_sleeps_past_the_beam_loops_memory_and_wakes_around_the_push(
+    vllm_engine: Any, rig: Callable[..., Rig], restored: Callable[[Engine], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but what vLLM's worker does in `sleep` and `wake_up`, which on CPU is nothing."""
+    one = rig({"engine": restored(vllm_engine)})
+    worker = vllm_engine._llm.collective_rpc(lambda worker: worker)[0]
+    core = vllm_engine._llm.llm_engine.engine_core.engine_core
+    notes: list[str] = []
+    for owner, name in ((worker, "sleep"), (worker, "wake_up"), (worker, "receive_push")):
+        original = getattr(owner, name)
+
+        def noted(*arguments: Any, _name: str = name, _original: Any = original, **named: Any) -> Any:
+            told = {"sleep": f" {named.get('level')}", "wake_up": f" {named.get('tags')}"}.get(_name, "")
+            room = "" if worker.windlass_backend._caches or worker.windlass_backend._store._key else " empty"
+            notes.append(_name + told + (room if _name == "sleep" else ""))
+            return _original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+    vllm_engine.fall_asleep()
+    assert core.is_sleeping()
+    one.channel.push(1)
+    assert notes == ["sleep 2 empty", "wake_up ['weights']", "receive_push", "wake_up ['kv_cache']"]
+    assert not core.is_sleeping(), "vLLM takes requests again"
 
 
 def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:

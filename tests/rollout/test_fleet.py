@@ -2,9 +2,9 @@
 
 Two real vLLM engines and two reference engines in Ray actors. Checked: equal bits with an engine of this process, order
 of the answer, samples across engines, violations counted, the engine's own error, a dead and a silent engine whose
-shards go to another one with the same bits, engines brought back, joining and leaving, room, refused settings. Not
-here: pushes (test_channel.py), the states of an engine (test_fleet_health.py), a run that loses engines
-(launch/test_kill.py).
+shards go to another one with the same bits, engines brought back, joining and leaving, asleep until a push, room,
+refused settings. Not here: pushes (test_channel.py), the states of an engine (test_fleet_health.py), a run that loses
+engines (launch/test_kill.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.records import Decode, DecodeSpec, Groups
+from rollout.channel import ChannelSettings, WeightChannel
 from rollout.engine import Engine
 from rollout.engine_calls import EngineFailure
 from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
+from rollout.peers import LocalPeer, RayPeer
 from rollout.placement import Placement
+from rollout.probe import item_probe
+from rollout.sending import ModuleSource
 from rollout.settings import EngineKind, RolloutSettings
 from rollout.violations import Violation, ViolationCounter
 from tests.requirements import require
@@ -237,6 +242,34 @@ def test_engines_join_and_leave(small_fleet: RolloutFleet, catalogue: Catalogue,
     assert small_fleet.recover() == [late]
     small_fleet.remove(late)
     assert small_fleet.health.named(EngineState.HEALTHY) == ["reference-1", name]
+
+
+def test_a_fleet_that_sleeps_is_asked_after_the_next_push(
+    small_fleet: RolloutFleet, hf_dir: Path, catalogue: Catalogue, ray_here: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompts = random_prompts(catalogue, [10] * 8)
+    whole = small_fleet.generate(prompts, BEAM)
+    lost = small_fleet.losses.copy()
+    assert small_fleet.sleep() > 0
+    assert small_fleet.sleep() == 0, "it sleeps"
+    assert small_fleet.health.named(EngineState.HEALTHY) == []
+    assert small_fleet.losses == lost, "falling asleep is no loss"
+    with pytest.raises(RunError, match="asleep until the next push: the learners have their memory"):
+        small_fleet.generate(prompts, BEAM)
+    source = ModuleSource(AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval())
+    channel = WeightChannel(
+        settings=ChannelSettings(),
+        source=LocalPeer("learner", source),
+        engines={name: RayPeer(name, [actor]) for name, actor in small_fleet.engines.items()},
+        probe=item_probe([catalogue.tokens(item) for item in range(8)], bos=catalogue.vocabulary.bos),
+        dtype="float32",
+    )
+    assert channel.push(0).seconds["wake"] > 0
+    small_fleet.verified(small_fleet.incarnations(), 0)
+    assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    source.close()
 
 
 class LateFleet(RolloutFleet):

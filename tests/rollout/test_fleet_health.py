@@ -81,6 +81,11 @@ class FleetMachine(RuleBasedStateMachine):
         self.verified = {self.current(n): self.version for n in up} if back == 0 else {}
 
     @rule()
+    def sleep(self) -> None:
+        self.health.slept(self.now)
+        self.verified = {}
+
+    @rule()
     def tick(self) -> None:
         for name in self.health.tick(self.now):
             self.forget(*self.current(name))

@@ -59,6 +59,14 @@ class LocalHost:
     steps: dict[int, Metrics] = dataclasses.field(default_factory=dict)
     saved: dict[int, RunState] = dataclasses.field(default_factory=dict)
     withheld: set[int] = dataclasses.field(default_factory=set)
+    asleep: list[int] = dataclasses.field(default_factory=list)
+    """Weight versions of the engine when it fell asleep."""
+
+    def rest_engines(self) -> Metrics:
+        if self.engine is not None and self.job.rollout.sleeps:
+            self.asleep.append(self.engine.weight_version)
+            self.engine.fall_asleep()
+        return {}
 
     def push(self, version: int) -> Metrics:
         if self.channel is not None and version not in self.withheld:
@@ -198,6 +206,27 @@ def test_a_restart_continues_to_the_bit(world: World) -> None:
     again.run()
     assert weights(again, world.folder / "again-hf") == expected
     assert host_of(again).steps == {step: expected_steps[step] for step in (2, 3)}
+
+
+def test_engines_that_sleep_while_the_learner_works_give_the_same_run(world: World) -> None:
+    whole = world.build("awake")
+    whole.run()
+    expected = weights(whole, world.folder / "awake-hf")
+    loop = world.build("asleep", rollout=world.job.rollout.model_copy(update={"sleeps": True}))
+    engine = host_of(loop).engine
+    assert engine is not None
+    score = loop.learners.score
+
+    def scored(*arguments: Any) -> Any:
+        with pytest.raises(RunError, match="asleep"):
+            engine.score([], [])
+        return score(*arguments)
+
+    loop.learners.score = scored  # type: ignore[method-assign]
+    loop.run()
+    assert host_of(loop).asleep == [0, 1, 2], "once a step, with the version that the step began with"
+    assert host_of(loop).steps == host_of(whole).steps
+    assert weights(loop, world.folder / "asleep-hf") == expected
 
 
 @pytest.mark.parametrize("staleness", [1, 2])

@@ -40,6 +40,9 @@ class Host:
         self.pushed.append(version)
         return {}
 
+    def rest_engines(self) -> Metrics:
+        return {}
+
     def evaluate(self, step: int) -> Evaluation | None:
         self.evaluated.append(step)
         values = {"ndcg@10": 0.5 - 0.1 * step}
