@@ -1,6 +1,5 @@
-"""Prompts of ranked lists: `<bos>`, the history, the need, `<candidates>`, the candidates, and `<list>` to begin.
-
-Where free text comes before the list, the prompt ends with the candidates and the model says `<list>` itself.
+"""Prompts of ranked lists: which candidates a sample gets, and which gains they have (`data.ranking_writers` writes
+them).
 
 A sample gives the same candidates in the same order for every need, so that lists differ by the need alone.
 """
@@ -21,9 +20,10 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.list_samples import ListSamples
 from data.needs import GainArray, GainRows, ItemFacts, Need, NeedSettings
+from data.ranking_writers import CodeWriter, RankingWriter, TextWriter
 from data.records import NO_ITEM, IntArray, LongArray, Prompt
 from data.settings import Settings
-from data.vocabulary import CANDIDATES_WORD, LIST_WORD, need_word
+from data.text_prompts import TextPromptBuilder
 
 
 class CandidateSource(StrEnum):
@@ -123,6 +123,7 @@ class RankingPromptBuilder:
         free_text: bool = False,
         seed: int = 0,
         retriever: Retriever | None = None,
+        text: TextPromptBuilder | None = None,
     ) -> None:
         """
         Args:
@@ -133,19 +134,22 @@ class RankingPromptBuilder:
             free_text: the model writes before the list.
             seed: keys the candidate sets, with the sample.
             retriever: ranks the catalogue, for `retrieved` candidates.
+            text: writes the prompts of a language model, whose longest prompt it knows.
 
         Raises:
-            RequestError: a prompt would not fit, the catalogue lacks words for lists, or a retriever is missing.
+            RequestError: a prompt would not fit, the catalogue lacks words for lists, a template drops something, or a
+                retriever is missing.
         """
-        vocabulary = catalogue.vocabulary
-        self._need_tokens = [[vocabulary.word_token(need_word(word)) for word in need.words] for need in needs]
-        self._before = [vocabulary.word_token(CANDIDATES_WORD)]
-        begin = vocabulary.word_token(LIST_WORD)
-        self._behind = [] if free_text else [begin]
-        longest = int(np.diff(catalogue.path_start).max())
-        least = 2 + len(self._behind) + max(map(len, self._need_tokens)) + (settings.candidates + 1) * longest
-        if max_prompt_tokens < least:
-            raise RequestError("max_prompt_tokens", max_prompt_tokens, f"at least {least}, for all candidates")
+        if text is None:
+            self._writer: RankingWriter = CodeWriter(
+                catalogue,
+                needs,
+                candidates=settings.candidates,
+                max_prompt_tokens=max_prompt_tokens,
+                free_text=free_text,
+            )
+        else:
+            self._writer = TextWriter(text, needs)
         if settings.source is CandidateSource.RETRIEVED and retriever is None:
             raise RequestError("candidates: source", settings.source.value, "a ranker to retrieve with, or sampled")
         self.catalogue = catalogue
@@ -153,7 +157,6 @@ class RankingPromptBuilder:
         self.needs = tuple(needs)
         self._history = history
         self._exclude_seen = exclude_seen
-        self._max_prompt_tokens = max_prompt_tokens
         self._seed = seed
         self._retriever = retriever if settings.source is CandidateSource.RETRIEVED else None
         self._facts = ItemFacts(dataset)
@@ -275,22 +278,16 @@ class RankingPromptBuilder:
             need: number of the need.
 
         Raises:
-            RequestError: candidates that no list can be made of.
+            RequestError: candidates that no list can be made of, or whose titles are too long for a prompt.
         """
         check_candidates(f"prompt {prompt_id}", candidates, self._path_id_I, most=self.settings.candidates)
-        shown = history[max(0, len(history) - self._history) :]
-        listed, _ = self.catalogue.tokens_of(candidates)
-        behind = [*self._need_tokens[need], *self._before, *listed.tolist(), *self._behind]
-        room = self._max_prompt_tokens - 1 - len(behind)
-        tokens, length = self.catalogue.tokens_of(shown)
-        if len(tokens) > room:
-            if counts is not None:
-                counts[RankingCount.SHORTENED] += 1
-            shown = shown[np.cumsum(length[::-1])[::-1] <= room]
-            tokens, _ = self.catalogue.tokens_of(shown)
+        latest = history[max(0, len(history) - self._history) :]
+        shown, tokens = self._writer.write(latest, candidates, need)
+        if len(shown) < len(latest) and counts is not None:
+            counts[RankingCount.SHORTENED] += 1
         return Prompt(
             prompt_id=prompt_id,
-            token_ids=np.concatenate([[self.catalogue.vocabulary.bos], tokens, behind]).astype(np.int32),
+            token_ids=tokens,
             user_id=user_id,
             history=np.ascontiguousarray(shown, dtype=np.int32),
             exclusions=np.zeros(0, dtype=np.int32),

@@ -6,7 +6,7 @@ no merge of the tokenizer reaches over the border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -24,10 +24,11 @@ TEMPLATE: Final = """\
 {{ instruction }}
 {% if need %}The customer wants: {{ need }}
 {% endif %}{% for item in history %}- {{ item }}
-{% endfor %}{% if candidates %}Choose among:
+{% endfor %}{% if candidates %}Candidates:
 {% for item in candidates %}- {{ item }}
 {% endfor %}{% endif %}"""
 """The built-in template of a prompt's content."""
+VARIABLES: Final = "Jinja2 with the variables instruction, history, need and candidates"
 _SIGNS: Final = ("windlass-first", "windlass-second")
 _SPLIT: Final = "windlass-content"
 
@@ -48,9 +49,9 @@ class PromptTemplate:
             self._template = environment.from_string(settings.template or TEMPLATE)
             shown = self.content(_SIGNS)
         except TemplateError as error:
-            raise RequestError("text.template", first_line(error), _VARIABLES) from error
+            raise RequestError("text.template", first_line(error), VARIABLES) from error
         if any(sign not in shown for sign in _SIGNS):
-            raise RequestError("text.template", "does not show the whole history", f"{_VARIABLES}: loop over history")
+            raise RequestError("text.template", "does not show the whole history", f"{VARIABLES}: loop over history")
         self._around = ("", "")
         if settings.form is PromptForm.CHAT:
             head, found, tail = tokenizer.chat(_SPLIT).partition(_SPLIT)
@@ -74,9 +75,6 @@ class PromptTemplate:
         head, tail = self._around
         # Chat templates strip a turn's content; a plain one keeps its last line break, which the answer follows.
         return head + (content.strip() if self._settings.form is PromptForm.CHAT else content) + tail
-
-
-_VARIABLES: Final = "Jinja2 with the variables instruction, history, need and candidates"
 
 
 class ItemTexts:
@@ -156,12 +154,19 @@ class TextPromptBuilder(PromptBuilder):
 
     def written_in(self, items: IntArray, form: ItemForm) -> tuple[IntArray, IntArray]:
         """`written` with the history in a form of its own."""
-        tokens = self.encode(self._text(items, form))
+        return self.fitted(items, lambda shown: self._text(shown, form))
+
+    def fitted(self, items: IntArray, text: Callable[[IntArray], str]) -> tuple[IntArray, IntArray]:
+        """The latest items of a history with which a text is no longer than a prompt may be, and its tokens.
+
+        A text that is too long with no item at all stays too long.
+        """
+        tokens = self.encode(text(items))
         while len(tokens) > self.max_prompt_tokens and len(items):
             # What is too much, in items of mean length, at least one.
             share = (len(tokens) - self.max_prompt_tokens) * len(items) // len(tokens)
             items = items[max(1, share) :]
-            tokens = self.encode(self._text(items, form))
+            tokens = self.encode(text(items))
         return items, np.asarray(tokens, dtype=np.int32)
 
     def _text(self, items: IntArray, form: ItemForm | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -73,7 +73,10 @@ class TextSettings(Settings):
     """Jinja2 source of a prompt's content, which may use instruction, history (a list of texts, oldest first), need and
     candidates (a list of texts); none takes the built-in one."""
     instruction: str = Field(INSTRUCTION, min_length=1)
-    """What the built-in template begins with."""
+    """What the built-in template begins with. The default is for single items; ranked lists have one of their own."""
+    needs: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    """How prompts say the needs of `lists.needs`, by name. Others are said by the words of their instruction, for which
+    interest, explore, trend, niche and discover have phrases."""
     begin_with_bos: bool = False
     """Put the tokenizer's beginning token first where it does not do so itself (Gemma from a GGUF file)."""
     pad_token: str | None = None

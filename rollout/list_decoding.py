@@ -65,7 +65,9 @@ def list_constraint(trie: ItemTrie, lists: ListSpec, catalogue: Catalogue, vocab
     """
     vocabulary = catalogue.vocabulary
     begin = vocabulary.word_token(LIST_WORD) if lists.text_tokens else vocabulary.eos
-    return ListConstraint(trie, lists, begin_token=begin, vocabulary_size=vocabulary_size)
+    # Rows behind the tokens pad the matrices of a language model: no text has them.
+    tokens = vocabulary_size if vocabulary.text is None else vocabulary.tokens
+    return ListConstraint(trie, lists, begin_token=begin, vocabulary_size=tokens)
 
 
 def with_lists(groups: Groups, constraint: ListConstraint, prompts: Sequence[Prompt]) -> Groups:

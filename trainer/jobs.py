@@ -25,7 +25,7 @@ from rollout.settings import EngineKind, RolloutSettings
 from trainer.critic_settings import CriticSettings
 from trainer.group_settings import GroupSettings
 from trainer.laac_settings import LaacSettings
-from trainer.list_checks import check_list_evaluation, check_list_objective
+from trainer.list_checks import check_language_lists, check_list_evaluation, check_list_objective
 from trainer.list_settings import ListSettings
 from trainer.objective_checks import check_objective
 from trainer.objective_settings import ObjectiveSettings
@@ -115,8 +115,7 @@ class PolicyJobSettings(JobSettings):
         if self.text.on and self.init in PRESETS:
             legal = "the folder or GGUF file of a pretrained language model, or a run that began with one"
             raise RequestError("init", self.init, f"{legal} (text.items is {self.text.items})")
-        if self.text.on and self.lists.on:
-            raise RequestError("text.items", self.text.items, "null with lists: lists are ranked by models of codes")
+        check_language_lists(self.lists, self.text)
         if self.init_embeddings is InitEmbeddings.CODES and self.init not in PRESETS:
             raise RequestError("init_embeddings", "codes", f"auto, or init one of {', '.join(PRESETS)}")
         if self.learner.lora.alone:

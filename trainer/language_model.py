@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ class Language:
     catalogue: Catalogue
 
     @classmethod
-    def open(cls, init: str, settings: TextSettings, dataset: Dataset, codes: str) -> Language:
-        """What `init` names, and the items of a dataset in its tokens.
+    def open(
+        cls, init: str, settings: TextSettings, dataset: Dataset, codes: str, words: Sequence[str] = ()
+    ) -> Language:
+        """What `init` names, and the items of a dataset in its tokens; `words` join the vocabulary behind the codes.
 
         Raises:
             RequestError: no language model there, a tokenizer that cannot be used, or items that cannot be written.
@@ -53,15 +56,17 @@ class Language:
         source = open_model(path) if extended else path
         tokenizer = TextTokenizer.open(source, settings.pad_token)
         if extended:
-            text = Catalogue.load(source / _CATALOGUE).vocabulary.text
-            if text is None:
+            own = Catalogue.load(source / _CATALOGUE).vocabulary
+            if own.text is None:
                 raise RequestError("init", f"{init} is no language model", "text.items: null, or another init")
+            text, words = own.text, (*own.further_words, *words)
         else:
             text = tokenizer.base(model_rows(source))
         if settings.items is ItemForm.TITLES:
             catalogue = title_catalogue(dataset, tokenizer, text, settings.title_tokens)
         else:
             catalogue = code_catalogue(Catalogue.build(dataset, codes), text)
+        catalogue = catalogue.with_words(words)
         tokenizer.extend(catalogue.vocabulary)
         return cls(source=source, extended=extended, tokenizer=tokenizer, catalogue=catalogue)
 

@@ -24,6 +24,8 @@ from data.errors import RequestError
 from data.ranking_prompts import RankingPromptBatch
 from data.records import Decode, DecodeSpec, IntArray, LongArray
 from data.settings_data import PromptSettings
+from data.text_prompts import TextPromptBuilder
+from data.text_settings import ItemForm
 from reward.list_metrics import Floats
 from reward.ranker import Ranker
 from rollout.fleet import RolloutFleet
@@ -126,7 +128,9 @@ def open_list_model(path: Path, dataset: Dataset, which: ListRows) -> ListModel:
     card = PromptCard.read(hf_dir)
     if not card.lists.on:
         raise RequestError("--lists", f"{hf_dir} recommends single items", "a model that was trained with lists.needs")
-    data = ListData.open(dataset, catalogue, card.lists, prompt_settings(card, dataset))
+    builder = card.builder(catalogue, hf_dir)
+    text = builder if isinstance(builder, TextPromptBuilder) else None
+    data = ListData.open(dataset, catalogue, card.lists, prompt_settings(card, dataset), text)
     asked = {need.name: data.evaluation(which.split, need.name, which.rows, which.seed) for need in card.lists.needs}
     return ListModel(hf_dir=hf_dir, catalogue=catalogue, card=card, asked=asked)
 
@@ -208,5 +212,8 @@ def rows_digest(card: PromptCard, dataset: Dataset) -> str:
     """
     kept = {"needs", "candidates", "positives", "source", "retriever", "length", "seed"}
     told = card.lists.model_dump(mode="json", include=kept) | {"history": card.history, "seen": card.exclude_seen}
+    if card.text.items is ItemForm.TITLES:
+        # Items of one title are one answer, so that candidate sets differ from those of codes.
+        told["items"] = card.text.items.value
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return f"{dataset.fingerprint}+lists-{digest[:12]}"

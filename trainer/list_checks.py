@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from data.errors import RequestError
+from data.text_settings import TextSettings
 from reward.names import RankingMetric
 from reward.settings import RewardSettings
 from reward.swap_credit import SwapForm
@@ -38,6 +39,20 @@ class ListJob(Protocol):
     def group(self) -> GroupSettings: ...
     @property
     def max_staleness(self) -> int: ...
+
+
+def check_language_lists(lists: ListSettings, text: TextSettings) -> None:
+    """Refuse what a language model's prompts would not show.
+
+    Raises:
+        RequestError: words for a need that there is not, or tasks beside the lists.
+    """
+    names = [need.name for need in lists.needs]
+    unknown = [name for name in text.needs if name not in names]
+    if unknown:
+        raise RequestError("text.needs", unknown[0], f"among {', '.join(names) or 'none'}, the needs of lists.needs")
+    if lists.on and text.on and text.tasks.align:
+        raise RequestError("text.tasks", "a task of single items", "next_item alone with lists.needs")
 
 
 def check_list_evaluation(lists: ListSettings, evaluation: EvaluationSettings, *, logged: bool) -> None:

@@ -23,6 +23,7 @@ from data.list_samples import ListSamples, list_samples
 from data.ranking_prompts import RankingPromptBatch, RankingPromptBuilder
 from data.records import NO_ITEM, IntArray, Prompt
 from data.settings_data import PromptSettings
+from data.text_prompts import TextPromptBuilder
 from reward.ranker import CatalogueRanker, load_ranker
 from trainer.critic_training import critic_users
 from trainer.evaluation import sample_rows
@@ -41,11 +42,22 @@ class ListData:
     builder: RankingPromptBuilder
 
     @classmethod
-    def open(cls, dataset: Dataset, catalogue: Catalogue, settings: ListSettings, data: PromptSettings) -> Self:
+    def open(
+        cls,
+        dataset: Dataset,
+        catalogue: Catalogue,
+        settings: ListSettings,
+        data: PromptSettings,
+        text: TextPromptBuilder | None = None,
+    ) -> Self:
         """Check that the dataset has what the lists want.
 
         Args:
+            dataset: where the samples come from.
             catalogue: with the words of the lists (`ListSettings.words`).
+            settings: needs and candidates.
+            data: how prompts are cut.
+            text: writes the prompts of a language model.
 
         Raises:
             RequestError: no needs, prompts that do not fit, more candidates than items, or a retriever that is none.
@@ -64,6 +76,7 @@ class ListData:
             free_text=settings.text_tokens > 0,
             seed=settings.seed,
             retriever=None if settings.retriever is None else ranker_retriever(settings.retriever),
+            text=text,
         )
         return cls(dataset=dataset, settings=settings, builder=builder)
 

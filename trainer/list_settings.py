@@ -11,7 +11,7 @@ from data.errors import RequestError
 from data.needs import Need, NeedSettings, instruction_words, load_needs
 from data.ranking_prompts import CandidateSource, ListDataSettings
 from data.records import ListSpec
-from data.vocabulary import list_words
+from data.vocabulary import LIST_WORD, list_words
 
 
 class ListSettings(ListDataSettings):
@@ -70,8 +70,12 @@ class ListSettings(ListDataSettings):
         return load_needs(self.needs)
 
     def words(self) -> tuple[str, ...]:
-        """The words that a vocabulary needs for these lists."""
+        """The words that a vocabulary of codes needs for these lists."""
         return list_words(instruction_words(self.loaded_needs()))
+
+    def words_of_language(self) -> tuple[str, ...]:
+        """The words that a language model needs for these lists: all else is said in its own."""
+        return (LIST_WORD,) if self.on and self.text_tokens else ()
 
     def trained(self) -> tuple[str, ...]:
         """Names of the needs that training takes, in order."""

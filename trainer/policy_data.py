@@ -47,23 +47,26 @@ class PolicyData:
             RequestError: the dataset, the codes or `evaluation.feedback` are absent or damaged, or do not fit the job.
         """
         dataset = Dataset.open(job.data.dataset)
-        language = Language.open(job.init, job.text, dataset, job.data.codes) if job.text.on else None
+        language = None
+        if job.text.on:
+            words = job.lists.words_of_language()
+            language = Language.open(job.init, job.text, dataset, job.data.codes, words)
         if language is None:
             catalogue = list_catalogue(Catalogue.build(dataset, job.data.codes), job.lists)
         else:
             catalogue = language.catalogue
         check_catalogue(job, n_items=catalogue.n_items, depth=catalogue.trie().depth)
         shape = (catalogue, job.data.history, job.data.exclude_seen, job.data.max_prompt_tokens)
-        builder = PromptBuilder(*shape)
+        text = None
         if language is not None:
-            builder = TextPromptBuilder(*shape, settings=job.text, tokenizer=language.tokenizer)
+            text = TextPromptBuilder(*shape, settings=job.text, tokenizer=language.tokenizer)
         folder = job.evaluation.feedback
         exposures = None if folder is None else Exposures.of(exposure_log(folder, catalogue.n_items))
-        lists = ListData.open(dataset, catalogue, job.lists, job.data) if job.lists.on else None
+        lists = ListData.open(dataset, catalogue, job.lists, job.data, text) if job.lists.on else None
         return cls(
             dataset=dataset,
             catalogue=catalogue,
-            builder=builder,
+            builder=text or PromptBuilder(*shape),
             lists=lists,
             exposures=exposures,
             language=language,

@@ -90,7 +90,7 @@ def test_need_and_candidates_are_written_where_they_are_given(folder: Path) -> N
         TextSettings(items="codes", form="plain", instruction="Rank."), TextTokenizer.open(folder)
     )
     assert template.text(["a"], need="cheap", candidates=["x", "y"]) == (
-        "Rank.\nThe customer wants: cheap\n- a\nChoose among:\n- x\n- y\n"
+        "Rank.\nThe customer wants: cheap\n- a\nCandidates:\n- x\n- y\n"
     )
 
 

@@ -2,7 +2,8 @@
 
 Checks exit codes, that lists are valid and engine and learner agree, that the critic is asked, what the checkpoint
 says of its lists, and (long) that a supervised run cut off and continued, and a run of credit after it, end at the
-weights of undisturbed ones. What lands on which token: tests/trainer/test_list_loop.py.
+weights of undisturbed ones, and that a language model learns lists of titles, by LoRA too, and is evaluated on them.
+What lands on which token: tests/trainer/test_list_loop.py.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from reward.critic import Critic, CriticRanker, CriticShape
 from tests.requirements import require
 from tests.small_world import ITEMS, read_steps, recipe, windlass, write_dataset, write_recipe
+from tests.tiny_language import write_language
 from trainer.prompt_card import PromptCard
 
 LISTS: dict[str, Any] = {
@@ -109,3 +112,50 @@ def test_a_list_run_that_is_cut_off_ends_at_the_same_weights(folder: Path) -> No
             for kind in ("whole", "cut")
         ]
         assert np.array_equal(steps[0], steps[1])
+
+
+@pytest.mark.long
+def test_a_language_model_ranks_titles(folder: Path) -> None:
+    base = write_language(folder / "base", "smollm")
+    source = yaml.safe_load((folder / "sft.yaml").read_text())["data"]["dataset"]
+    language: dict[str, Any] = {
+        "init": str(base),
+        "text": {"items": "titles", "needs": {"interest": "a favourite"}},
+        "lists": LISTS | {"feedback": 1.0, "length": 3},
+        "data": {"max_prompt_tokens": 240},
+        "learner": {"row_tokens": 320, "token_budget": 1280},
+        "rollout": {"decode": "sample", "width": 4, "max_model_len": 320},
+        "evaluation": {"k": [1, 3], "metric": "ndcg@3", "rows": 6, "test_rows": 6},
+    }
+    sft = job(Path(source), "sft", **language, batch_rows=16, limits={"max_steps": 8})
+    write_recipe(folder / "titles-sft.yaml", sft)
+    lora = {"lora": {"rank": 2, "push": "adapter"}, "lr": 1e-2}
+    write_recipe(
+        folder / "titles.yaml",
+        job(
+            Path(source),
+            "rl",
+            **(language | {"init": "runs/titles-sft", "learner": language["learner"] | lora}),
+            objective={"ratio": "item", "credit": {"kind": "items"}},
+            reward={"item_match": 0.0, "rank_penalty": 0.0},
+        ),
+    )
+    for name in ("titles-sft", "titles"):
+        done = windlass("train", f"{name}.yaml", "--run-dir", f"runs/{name}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+    losses = [step["loss"] for step in read_steps(folder / "runs" / "titles-sft")[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    for step in read_steps(folder / "runs" / "titles")[1:]:
+        assert step["constraint.violations"] == step["credit/not_a_list_share"] == 0
+        assert step["policy_gap/max"] < 1e-4
+    card = PromptCard.read(max((folder / "runs" / "titles" / "checkpoints").glob("step-*")) / "hf")
+    assert card.text.needs == {"interest": "a favourite"}
+    engine = ("--rollout.dtype", "float32", "--rollout.kv-cache-gib", "0.1", "--cluster.object-store-mib", "128")
+    places = ("eval", "runs/titles", "--data", source, "--lists", "--rows", "6", "--k", "1", "3")
+    done = windlass(*places, *engine, "--json", "titles.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "titles.json").read_text())
+    assert found["violations"] == found["invalid"]["constrained"] == 0
+    summary = json.loads((folder / "runs" / "titles" / "summary.json").read_text())
+    assert found["needs"]["niche"]["n"] == 6
+    assert {"ndcg@3", "ndcg@3/niche"} <= set(summary["test"])
