@@ -177,15 +177,21 @@ def has_begun(path: Path) -> bool:
     )
 
 
-def refuse_other_experiment(config: Path, wanted: Mapping[str, Any]) -> None:
+def refuse_other_experiment(config: Path, wanted: Mapping[str, Any], *, known: bool = False) -> None:
     """Refuse to continue a run with a key that makes it another experiment.
+
+    Args:
+        config: of the run.
+        wanted: the configuration that is asked for.
+        known: compare the keys alone that both have: a run that is finished may be of an earlier version.
 
     Raises:
         RequestError: names the first such key with both values.
     """
     before = dict(leaves(read_recipe(config)))
     after = dict(leaves(wanted))
-    for name in [*after, *(n for n in before if n not in after)]:
+    names = [n for n in after if n in before] if known else [*after, *(n for n in before if n not in after)]
+    for name in names:
         if before.get(name) != after.get(name) and not _may_change(name):
             raise RequestError(
                 name,

@@ -3,7 +3,8 @@
     RUN/laac.alpha-3/seed-1/     a run of the recipe, as `windlass train` leaves it
     RUN/summary.json             means and deviations over the seeds, value by value, for the report
 
-A run that is finished is not run again, so an interrupted sweep continues, and further values join the same folder.
+A run that is finished is not run again, so an interrupted sweep continues, and further values join the same folder;
+one that was made with other settings is refused.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import tyro
 
 from data.errors import RequestError, RunError
 from launch.cli import run as run_windlass
-from launch.config import load_job
-from launch.run_directory import SUMMARY, read_json
+from launch.config import load_job, to_mapping
+from launch.run_directory import SUMMARY, read_json, refuse_other_experiment
 from trainer.durable import write_text
+from trainer.jobs import Job, LaacJob, RlJob, SftJob
 
 FORMAT = 1
 ONLY = "all"
@@ -64,7 +66,8 @@ def sweep(
     """See `sweep_command`; the answer holds the points that were asked, and the means of the last one by themselves.
 
     Raises:
-        RequestError: a key without values, a seed twice, or a run that the recipe does not allow; before any is begun.
+        RequestError: a key without values, a value or seed twice, a run that the recipe does not allow, that measures
+            nothing, or that is there with other settings; before any is begun.
         RunError: a run failed or was interrupted.
     """
     if bool(over) != bool(values):
@@ -73,8 +76,15 @@ def sweep(
         raise RequestError("--seeds", list(seeds), "one or more different seeds")
     fixed = [part for one in overrides for part in _override(one)]
     points = {point_name(over, value): [*fixed, *([f"--{over}", value] if over else [])] for value in values or [""]}
-    for arguments in points.values():
-        load_job(recipe, [*arguments, "--seed", str(seeds[0])])
+    if len(points) < max(1, len(values)):
+        raise RequestError("--values", " ".join(values), "values that differ in letters and digits: each has a folder")
+    for name, arguments in points.items():
+        for seed in seeds:
+            job = load_job(recipe, [*arguments, "--seed", str(seed)])
+            _check_measures(job)
+            config = run_dir / name / f"seed-{seed}" / "config.yaml"
+            if config.is_file():
+                refuse_other_experiment(config, to_mapping(job), known=True)
     for name, arguments in points.items():
         for seed in seeds:
             folder = run_dir / name / f"seed-{seed}"
@@ -86,6 +96,23 @@ def sweep(
     write_summary(run_dir, over, every)
     asked = {name: point(run_dir / name, seeds) for name in points}
     return {"recipe": recipe, "over": over, "points": asked, **asked[list(points)[-1]]}
+
+
+def _check_measures(job: Job) -> None:
+    """Refuse a job that ends without metrics of test rows.
+
+    Raises:
+        RequestError: names the key.
+    """
+    if isinstance(job, LaacJob):
+        return
+    if not isinstance(job, SftJob | RlJob):
+        raise RequestError("job", job.job, "laac, sft or rl: jobs that measure the test rows at their end")
+    if not job.evaluation.test_rows:
+        raise RequestError("evaluation.test_rows", 0, "above 0: a sweep compares what its runs measured there")
+    if isinstance(job, RlJob) and (job.rollout_only or job.train_only):
+        name = "rollout_only" if job.rollout_only else "train_only"
+        raise RequestError(name, job.rollout_only or job.train_only, "none: such a run measures no test rows")
 
 
 def _override(text: str) -> list[str]:
@@ -109,7 +136,7 @@ def point(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """Means and deviations of the metrics of a point's runs: of these seeds, or of all that are finished.
 
     Raises:
-        RequestError: a run whose summary has not exactly one stage.
+        RequestError: a run whose summary has neither exactly one stage nor a test.
     """
     names = sorted(folder.glob("seed-*")) if seeds is None else [folder / f"seed-{seed}" for seed in seeds]
     stages = [_stage(run) for run in names if is_finished(run)]
@@ -123,7 +150,8 @@ def point(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
 
 
 def _stage(run: Path) -> Mapping[str, Any]:
-    stages = read_json(run / SUMMARY).get("stages")
+    summary = read_json(run / SUMMARY)
+    stages = summary.get("stages", {"test": summary["test"]} if "test" in summary else None)
     if not isinstance(stages, Mapping) or len(stages) != 1:
         raise RequestError(
             f"{run / SUMMARY}: stages", f"{stages!r:.60}", "one stage, as jobs have that end with a test"

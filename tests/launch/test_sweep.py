@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from data.errors import RequestError, RunError
+from launch.config import load_job, to_yaml
 from launch.provenance import ROOT
 from launch.report import render
 from launch.sweep_command import sweep
@@ -75,12 +76,63 @@ def test_seeds_alone_are_one_point(tmp_path: Path) -> None:
     assert "Frontier" not in render(tmp_path)
 
 
+def test_policy_jobs_are_compared_by_their_test(tmp_path: Path) -> None:
+    def training(arguments: list[str]) -> int:
+        given = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+        folder = Path(given["--run-dir"])
+        folder.mkdir(parents=True)
+        test = {"n": 5, "ndcg@10": float(given["--learner.lr"]), "exclude_seen": True, "invalid": {"constrained": 0.0}}
+        (folder / "summary.json").write_text(json.dumps({"format": 1, "interrupted": False, "test": test}))
+        return 0
+
+    rows = ("evaluation.test_rows=5",)
+    answer = sweep(
+        "ml100k-sft", tmp_path, over="learner.lr", values=("0.1", "0.3"), seeds=(1,), overrides=rows, runner=training
+    )
+    assert {name: one["mean"] for name, one in answer["points"].items()} == {
+        "learner.lr=0.1": {"n": 5.0, "ndcg@10": 0.1},
+        "learner.lr=0.3": {"n": 5.0, "ndcg@10": 0.3},
+    }
+
+
+def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """Its figures would count as those of the settings that are asked for."""
+    training = FakeTraining()
+    sweep("laac", tmp_path, seeds=(1,), runner=training)
+    # As a version wrote it that knew one key less.
+    written = to_yaml(load_job("laac", ["--seed", "1"])).replace("  warmstart_steps: 0\n", "")
+    (tmp_path / "all" / "seed-1" / "config.yaml").write_text(written)
+    assert "warmstart" not in written
+    sweep("laac", tmp_path, seeds=(1,), runner=training)
+    with pytest.raises(RequestError, match=r"laac\.beta: 2\.0, but the run in .*seed-1 was started with 1\.0"):
+        sweep("laac", tmp_path, seeds=(2, 1), overrides=("laac.beta=2",), runner=training)
+    assert len(training.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "where"),
+    [
+        ("ml100k-sft", ("evaluation.test_rows=0",), "evaluation.test_rows"),
+        ("ml100k-ranker", (), "job"),
+    ],
+)
+def test_jobs_that_measure_nothing_are_refused(
+    tmp_path: Path, recipe: str, overrides: tuple[str, ...], where: str
+) -> None:
+    training = FakeTraining()
+    with pytest.raises(RequestError) as caught:
+        sweep(recipe, tmp_path, overrides=overrides, runner=training)
+    assert caught.value.where == where
+    assert not training.calls
+
+
 @pytest.mark.parametrize(
     ("asked", "where"),
     [
         ({"over": "laac.alpha"}, "--values"),
         ({"values": ("1",)}, "--values"),
         ({"seeds": (1, 1)}, "--seeds"),
+        ({"over": "laac.alpha", "values": ("1", "1")}, "--values"),
         ({"seeds": ()}, "--seeds"),
         ({"overrides": ("laac.beta",)}, "--set"),
         ({"over": "laac.alpha", "values": ("1", "-1")}, "laac.alpha"),
