@@ -38,7 +38,8 @@ class Growth:
     """What came of it."""
 
     dataset: Dataset
-    codes: Codes
+    codes: Codes | None
+    """None of a dataset without codes, whose items are titles to a language model."""
     new_items: int
     retired_items: int
     new_codes: int
@@ -56,7 +57,7 @@ def extend_dataset(
         items: rows of new items with `item_key`, perhaps `title`, and columns that the old item table has.
         retire: keys of items that are not recommended any more.
         retired_at: seconds since 1970, their `active_to`.
-        codes_name: codes that are extended; others are left behind.
+        codes_name: codes that are extended; others are left behind. A dataset that has none needs none.
 
     Raises:
         RequestError: the folder is there, a key that is there already or unknown, or codes that cannot be extended.
@@ -65,7 +66,8 @@ def extend_dataset(
         raise RequestError("--out", out, "a folder that is not there yet")
     old = dataset.items()
     table = _retired(_with_rows(old, items), retire, retired_at)
-    codes = load_codes(dataset.path, codes_name, dataset.n_items)
+    coded = any(codes_path(dataset.path, codes_name).parent.glob("*.parquet"))
+    codes = load_codes(dataset.path, codes_name, dataset.n_items) if coded else None
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(dataset.path, partial, copy_function=_link_or_copy, ignore=shutil.ignore_patterns("codes"))
@@ -75,24 +77,29 @@ def extend_dataset(
     pq.write_table(table, partial / ITEMS, compression="zstd")
     write_card(partial, _card(dataset, table))
     grown = Dataset.open(partial)
-    path = codebooks_path(dataset.path, codes_name)
-    codebooks = load_codebooks(path, codes) if path.is_file() else None
-    extended, books = extend_codes(codes, codebooks, table.slice(len(old)))
-    if books is not None:
-        save_codebooks(codebooks_path(partial, codes_name), extended, books)
-    extended.save(codes_path(partial, codes_name))
-    before, after = Catalogue.build(dataset, codes_name), Catalogue.build(grown, codes_name)
-    if not same_tokens(before, after):
-        legal = "codes whose paths neither begin nor continue an old one"
-        raise RequestError(f"codes {codes_name}", "a new path changes the tokens of an old item", legal)
+    extended = None if codes is None else _extended(dataset, grown, codes, codes_name, table.slice(len(old)))
     partial.rename(out)
     return Growth(
         dataset=Dataset.open(out),
         codes=extended,
         new_items=len(table) - len(old),
         retired_items=len(set(retire)),
-        new_codes=extended.level_sizes[-1] - codes.level_sizes[-1],
+        new_codes=0 if extended is None or codes is None else extended.level_sizes[-1] - codes.level_sizes[-1],
     )
+
+
+def _extended(dataset: Dataset, grown: Dataset, codes: Codes, name: str, new: pa.Table) -> Codes:
+    """Write the extended codes of a grown dataset beside it, and return them."""
+    path = codebooks_path(dataset.path, name)
+    codebooks = load_codebooks(path, codes) if path.is_file() else None
+    extended, books = extend_codes(codes, codebooks, new)
+    if books is not None:
+        save_codebooks(codebooks_path(grown.path, name), extended, books)
+    extended.save(codes_path(grown.path, name))
+    if not same_tokens(Catalogue.build(dataset, name), Catalogue.build(grown, name)):
+        legal = "codes whose paths neither begin nor continue an old one"
+        raise RequestError(f"codes {name}", "a new path changes the tokens of an old item", legal)
+    return extended
 
 
 def same_tokens(before: Catalogue, after: Catalogue) -> bool:

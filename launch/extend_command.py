@@ -31,7 +31,8 @@ class ExtendCommand(Settings):
     retire: tuple[str, ...] = ()
     """Keys of items that are not recommended any more; they keep their ids and codes."""
     name: str = Field("default", min_length=1)
-    """Name of the codes that are extended; others are left behind."""
+    """Name of the codes that are extended; others are left behind. A dataset without codes needs none: to a language
+    model its items may be titles."""
 
     @model_validator(mode="after")
     def _something(self) -> ExtendCommand:
@@ -43,8 +44,7 @@ class ExtendCommand(Settings):
 def extend_command(arguments: Annotated[ExtendCommand, tyro.conf.arg(name="")]) -> dict[str, Any]:
     """Add items to a dataset and retire others, without touching an old item's id or codes, in a new folder.
 
-    A job on the new folder whose `init` is a model of the old one goes on from it: its vocabulary grows by the new
-    codes.
+    `windlass continual` on the new folder goes on from a model of the old one: its vocabulary grows by the new codes.
     """
     items = None if arguments.items is None else read_items(arguments.items)
     growth = extend_dataset(
@@ -61,12 +61,13 @@ def extend_command(arguments: Annotated[ExtendCommand, tyro.conf.arg(name="")]) 
         "new_items": growth.new_items,
         "retired_items": growth.retired_items,
         "new_codes": growth.new_codes,
-        "level_sizes": list(growth.codes.level_sizes),
+        "level_sizes": [] if growth.codes is None else list(growth.codes.level_sizes),
         "fingerprint": growth.dataset.fingerprint,
     }
+    codes = f"{growth.new_codes} new codes on the last level, level sizes {answer['level_sizes']}"
     print(
         f"{arguments.out}: {answer['items']:,} items, {growth.new_items:,} of them new, {growth.retired_items:,} "
-        f"retired now; {growth.new_codes} new codes on the last level, level sizes {answer['level_sizes']}"
+        f"retired now; {codes if growth.codes else 'no codes'}"
     )
     return answer
 

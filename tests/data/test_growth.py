@@ -45,6 +45,22 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_a_dataset_without_codes_grows_by_titles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [(user, f"i{(user + step) % 4}", 100 * step + user) for user in range(8) for step in range(6)]
+    dataset = import_events(tmp_path, events)
+    new = tmp_path / "new.csv"
+    new.write_text("item_key,title\nn0,New 0\n")
+    arguments = ["--dataset", str(dataset.path), "--out", str(tmp_path / "grown"), "--items", str(new)]
+    assert cli.run(["data", "extend", *arguments, "--retire", "i1", "--json", str(tmp_path / "answer.json")]) == 0
+    assert "5 items, 1 of them new, 1 retired now; no codes" in capsys.readouterr().out
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    jsonschema.validate(answer, json.loads((ROOT / "docs" / "schemas" / "data-extend.schema.json").read_text()))
+    assert (answer["new_codes"], answer["level_sizes"]) == (0, [])
+    grown = Dataset.open(tmp_path / "grown").items()
+    assert grown["title"].to_pylist()[-1] == "New 0"
+    assert grown["active_to"].is_valid().to_pylist() == [False, True, False, False, False]
+
+
 def test_a_dataset_grows_and_the_old_one_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = dataset_of(tmp_path, ["<a_0><b_0>", "<a_0><b_1>", "<a_1><b_0>"])
     before = content(dataset.path)
