@@ -97,6 +97,8 @@ class LaacRun:
         self.log = log
         self.say = say
         self.sessions = Sessions(Dataset.open(job.data.dataset), job.data)
+        if job.laac.method is not Method.REFERENCE:
+            self.sessions.rows("valid")  # the last step is evaluated on them: none is an error before the first
         self.evaluation = SessionEvaluation(self.sessions)
         self.store = CheckpointStore(folder / "checkpoints", job.checkpoints)
         self.shape = LaacShape(

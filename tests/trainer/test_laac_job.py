@@ -268,6 +268,7 @@ def test_weights_are_of_valid_distinct_answers() -> None:
         (["--data.skew_attribute", "gender", "--data.skew_value", "M"], "data.user_attributes"),
         (["--data.rating_scale", "[1, 4]"], "rating: 5 of user"),
         (["--data.users", "1000"], "data.users"),
+        (["--data.split", "[9, 0, 1]"], "data.split"),
     ],
 )
 def test_bad_requests_are_one_line(
