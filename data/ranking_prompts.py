@@ -149,7 +149,7 @@ class RankingPromptBuilder:
                 free_text=free_text,
             )
         else:
-            self._writer = TextWriter(text, needs)
+            self._writer = TextWriter(text, needs, candidates=settings.candidates)
         if settings.source is CandidateSource.RETRIEVED and retriever is None:
             raise RequestError("candidates: source", settings.source.value, "a ranker to retrieve with, or sampled")
         self.catalogue = catalogue

@@ -16,7 +16,7 @@ from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.needs import Need
 from data.records import IntArray
-from data.text_prompts import VARIABLES, PromptTemplate, TextPromptBuilder
+from data.text_prompts import VARIABLES, PromptTemplate, TextPromptBuilder, item_signs
 from data.text_settings import INSTRUCTION, ItemForm, TextSettings
 from data.vocabulary import CANDIDATES_WORD, LIST_WORD, need_word
 
@@ -32,7 +32,6 @@ PHRASES: Final = {
     "discover": "something of a kind that is new to them, which many choose at the moment",
 }
 """The built-in needs in words; those of an instruction are joined by "and"."""
-_SIGNS: Final = ("windlass-third", "windlass-fourth")
 _NEED: Final = "windlass-need"
 
 
@@ -95,8 +94,13 @@ class CodeWriter:
 class TextWriter:
     """Prompts of a language model; candidates are written as the items of its answers are, codes or titles."""
 
-    def __init__(self, prompts: TextPromptBuilder, needs: Sequence[Need]) -> None:
+    def __init__(self, prompts: TextPromptBuilder, needs: Sequence[Need], *, candidates: int) -> None:
         """
+        Args:
+            prompts: of single items, whose template and limit are used.
+            needs: what lists are for.
+            candidates: most candidates of a prompt.
+
         Raises:
             RequestError: a template that drops candidates, or the need where there are several.
         """
@@ -107,8 +111,9 @@ class TextWriter:
         self._template = PromptTemplate(settings, prompts.tokenizer)
         self._needs = [need_text(need, settings) for need in needs]
         self._form = settings.items or ItemForm.CODES
-        shown = self._template.content(["windlass-first"], need=_NEED, candidates=_SIGNS)
-        if any(sign not in shown for sign in _SIGNS):
+        signs = item_signs(candidates)
+        shown = self._template.content([], need=_NEED, candidates=signs)
+        if any(sign not in shown for sign in signs):
             raise RequestError("text.template", "does not show all candidates", f"{VARIABLES}: loop over candidates")
         if len(needs) > 1 and _NEED not in shown:
             raise RequestError("text.template", "does not show the need", f"{VARIABLES}: write {{{{ need }}}}")

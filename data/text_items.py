@@ -33,7 +33,7 @@ def title_catalogue(dataset: Dataset, tokenizer: TextTokenizer, text: TextBase, 
         most_tokens: of a title.
 
     Raises:
-        RequestError: a title of no tokens or of more than `most_tokens`; names the item.
+        RequestError: a title of no tokens, of more than `most_tokens`, or with the end token; names the item.
     """
     table = dataset.items()
     titles, keys = table["title"].to_pylist(), table["item_key"].to_pylist()
@@ -41,6 +41,8 @@ def title_catalogue(dataset: Dataset, tokenizer: TextTokenizer, text: TextBase, 
     for key, title, path in zip(keys, titles, paths, strict=True):
         if not path:
             raise RequestError(f"title of item {key}", repr(title), "a title of at least one token; text.items: codes")
+        if text.eos in path:
+            raise RequestError(f"title of item {key}", f"{title!r} has the model's end token", "a title of plain words")
         if len(path) > most_tokens:
             raise RequestError(
                 f"title of item {key}",

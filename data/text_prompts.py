@@ -29,28 +29,38 @@ TEMPLATE: Final = """\
 {% endfor %}{% endif %}"""
 """The built-in template of a prompt's content."""
 VARIABLES: Final = "Jinja2 with the variables instruction, history, need and candidates"
-_SIGNS: Final = ("windlass-first", "windlass-second")
+_SIGN: Final = "windlass-{}-item"
 _SPLIT: Final = "windlass-content"
 
 
 class PromptTemplate:
     """Writes the text of a prompt."""
 
-    def __init__(self, settings: TextSettings, tokenizer: TextTokenizer) -> None:
+    def __init__(self, settings: TextSettings, tokenizer: TextTokenizer, *, history: int = 2) -> None:
         """
+        Args:
+            settings: form, template and instruction.
+            tokenizer: has the chat template.
+            history: most items that it will be asked to show.
+
         Raises:
             RequestError: a template that cannot be read or that drops the history, or a chat form without a template.
         """
-        from jinja2 import Environment, StrictUndefined, TemplateError
+        from jinja2 import StrictUndefined, TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self._settings = settings
+        # Templates lie in checkpoints too (`prompt.json`), whose reader need not trust their writer.
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
+        )
         try:
-            environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
             self._template = environment.from_string(settings.template or TEMPLATE)
-            shown = self.content(_SIGNS)
         except TemplateError as error:
             raise RequestError("text.template", first_line(error), VARIABLES) from error
-        if any(sign not in shown for sign in _SIGNS):
+        signs = item_signs(history)
+        shown = self.content(signs)
+        if any(sign not in shown for sign in signs):
             raise RequestError("text.template", "does not show the whole history", f"{VARIABLES}: loop over history")
         self._around = ("", "")
         if settings.form is PromptForm.CHAT:
@@ -60,10 +70,17 @@ class PromptTemplate:
             self._around = (head, tail)
 
     def content(self, history: Sequence[str], *, need: str = "", candidates: Sequence[str] = ()) -> str:
-        """What the template writes."""
-        text: str = self._template.render(
-            instruction=self._settings.instruction, history=list(history), need=need, candidates=list(candidates)
-        )
+        """What the template writes.
+
+        Raises:
+            RequestError: the template's own code fails.
+        """
+        try:
+            text: str = self._template.render(
+                instruction=self._settings.instruction, history=list(history), need=need, candidates=list(candidates)
+            )
+        except Exception as error:  # whatever the template's own code raises
+            raise RequestError("text.template", first_line(error), VARIABLES) from error
         return text
 
     def text(self, history: Sequence[str], *, need: str = "", candidates: Sequence[str] = ()) -> str:
@@ -75,6 +92,11 @@ class PromptTemplate:
         head, tail = self._around
         # Chat templates strip a turn's content; a plain one keeps its last line break, which the answer follows.
         return head + (content.strip() if self._settings.form is PromptForm.CHAT else content) + tail
+
+
+def item_signs(count: int) -> list[str]:
+    """Texts of so many items that occur in no template and in none of each other, to see which ones it shows."""
+    return [_SIGN.format(number) for number in range(count)]
 
 
 class ItemTexts:
@@ -127,7 +149,7 @@ class TextPromptBuilder(PromptBuilder):
         """
         self.settings = settings
         self.tokenizer = tokenizer
-        self.template = PromptTemplate(settings, tokenizer)
+        self.template = PromptTemplate(settings, tokenizer, history=history)
         self.texts = ItemTexts(catalogue)
         leads = tokenizer.leading()
         if settings.begin_with_bos and not leads:

@@ -37,7 +37,7 @@ def needs(*names: str) -> tuple[Need, ...]:
 def written(folder: Path, *, longest: int = 400, **settings: Any) -> tuple[list[int], str, int]:
     """The history that is shown, the text and the number of tokens."""
     builder = make(folder, longest=longest, form="plain", **settings)
-    shown, tokens = TextWriter(builder, needs("interest", "trend")).write(HISTORY, CANDIDATES, 1)
+    shown, tokens = TextWriter(builder, needs("interest", "trend"), candidates=2).write(HISTORY, CANDIDATES, 1)
     return shown.tolist(), builder.tokenizer.decode(tokens.tolist()), len(tokens)
 
 
@@ -49,7 +49,7 @@ def test_a_prompt_says_need_history_and_candidates(folder: Path) -> None:
     own = written(folder, history="codes", instruction="Rank.", needs={"trend": "hits"})
     assert own[1] == f"Rank.\nThe customer wants: hits\n- <a_0><b_1>\n- <a_0>\n{listed}"
     builder = make(folder)
-    _, tokens = TextWriter(builder, needs("niche")).write(HISTORY[:0], CANDIDATES, 0)
+    _, tokens = TextWriter(builder, needs("niche"), candidates=2).write(HISTORY[:0], CANDIDATES, 0)
     text = builder.tokenizer.decode(tokens.tolist())
     assert text.startswith(f"<|start|>user\n{LIST_INSTRUCTION}\nThe customer wants: {PHRASES['niche']}\nCandidates:\n")
     assert text.endswith("- <a_1><b_0><|end|>\n<|start|>assistant\n")
@@ -70,18 +70,19 @@ def test_the_oldest_items_go_and_candidates_stay(folder: Path) -> None:
     ("template", "message"),
     [
         ("{% for x in history %}{{ x }}{% endfor %}{{ need }}", "does not show all candidates"),
-        ("{% for x in history %}{{ x }}{% endfor %}{{ need }}{{ candidates and candidates[0] }}", "all candidates"),
+        ("{% for x in history %}{{ x }}{% endfor %}{{ need }}{{ candidates[:1] }}", "all candidates"),
         ("{% for x in history + candidates %}{{ x }}{% endfor %}", "does not show the need; legal: .* {{ need }}"),
     ],
 )
 def test_a_template_shows_everything(folder: Path, template: str, message: str) -> None:
     builder = make(folder, template=template)
     with pytest.raises(RequestError, match=rf"text\.template: .*{message}"):
-        TextWriter(builder, needs("interest", "trend"))
+        TextWriter(builder, needs("interest", "trend"), candidates=2)
 
 
 def test_one_need_may_go_without_saying(folder: Path) -> None:
-    TextWriter(make(folder, template="{% for x in history + candidates %}{{ x }}{% endfor %}"), needs("interest"))
+    template = "{% for x in history + candidates %}{{ x }}{% endfor %}"
+    TextWriter(make(folder, template=template), needs("interest"), candidates=9)
 
 
 def test_needs_are_said_in_the_words_of_their_instruction() -> None:

@@ -89,6 +89,7 @@ def test_it_comes_back_from_its_folder(tmp_path: Path, tokenizer: TextTokenizer)
     ("titles", "limit", "message"),
     [
         (["Heat", ""], 20, r"title of item k1: ''; legal: a title of at least one token"),
+        (["Heat", "Heat<|end|>"], 20, r"title of item k1: 'Heat<\|end\|>' has the model's end token"),
         (
             ["Heat", "Toy Story"],
             4,

@@ -119,6 +119,10 @@ def test_answers_end_and_tasks_follow_their_weights(folder: Path) -> None:
     [
         ({"template": "{{ instruction }}"}, "does not show the whole history"),
         ({"template": "{{ history[-1] }}"}, "does not show the whole history"),
+        ({"template": "{{ history[:2] }}"}, "does not show the whole history"),
+        ({"template": "{{ history + 1 }}"}, r"text\.template: can only concatenate list"),
+        ({"template": "{{ history }}{{ history[1] }}"}, "list object has no element 1"),
+        ({"template": "{{ history }}{{ history.__class__.__mro__ }}"}, "access to attribute '__class__' .* is unsafe"),
         ({"template": "{% for x in history %}"}, "Unexpected end of template"),
         ({"template": "{{ user }}"}, "'user' is undefined"),
         ({"begin_with_bos": True, "form": "plain"}, None),
