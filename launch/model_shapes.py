@@ -11,7 +11,7 @@ from typing import Any, Final
 from data.errors import RequestError
 from data.text_tokenizer import GGUF
 from trainer.initial_model import SHAPES as PRESET_SHAPES
-from trainer.language_model import language_path
+from trainer.language_model import is_pretrained, language_path
 
 _QWEN: Final = {"vocab_size": 151_936, "max_position_embeddings": 32_768}
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -78,6 +78,8 @@ def model_config(init: str, codes: int) -> Any:
         except RequestError as error:
             known = ", ".join(SHAPES)
             raise RequestError("init", init, f"a model on this machine, or a path that ends with {known}") from error
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if not is_pretrained(path):  # a checkpoint of a run has its codes
+            return config
     config.vocab_size += codes
     return config

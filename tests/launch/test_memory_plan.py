@@ -105,6 +105,13 @@ def test_known_shapes_are_the_published_sizes() -> None:
     assert size.trained == 16 * 36 * layer + 2 * 1024 * 4096
 
 
+def test_codes_are_added_to_a_model_that_has_none(tmp_path: Path) -> None:
+    transformers.LlamaConfig(vocab_size=400).save_pretrained(tmp_path)
+    assert model_config(str(tmp_path), 64).vocab_size == 464
+    (tmp_path / "catalogue").mkdir()  # as a checkpoint of a run has one
+    assert model_config(str(tmp_path), 64).vocab_size == 400
+
+
 def test_stages_and_offload_move_memory() -> None:
     config = model_config("models/Qwen2.5-0.5B-Instruct", 0)
     size = ModelSize(whole=1000, trained=800, head_norms=False)
