@@ -1,15 +1,16 @@
 """Keys and values of prompts and of the branches that grow from them, and attention over both.
 
 All branches are after the same number of tokens. Attention to a prompt is computed once for all its branches, their
-queries stacked as if they were one long query; attention to a branch's own few tokens is computed row by row; the two
-are joined through the log-sum-exp of their scores. So a prompt is never copied, and reordering the branches gathers
-row numbers, not keys. Pure torch: no vLLM in here.
+queries stacked as if they were one long query; attention to a branch's own tokens is computed row by row; the two are
+joined through the log-sum-exp of their scores. So a prompt is never copied, and a branch's own tokens are only where
+the branches change places: samples keep theirs. Pure torch: no vLLM in here.
 
 What a prompt's numbers pass through depends on the prompt and the request only, never on its neighbours: prompts are
 computed together where their lengths are equal, and the stack of queries is padded to the request's width.
 
 Suffixes: `_P` prompt, `_N` row of the current level, `_R` place in a prompt's stack of rows, `_H` query head, `_K`
-key-value head, `_G` query head of a key-value head, `_D` content of a head, `_X` token of a prompt, `_T` own token.
+key-value head, `_G` query head of a key-value head, `_D` content of a head, `_X` token of a prompt, `_T` own token,
+`_2` key and value.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ROOM = 8
+"""Own tokens of a branch that room is made for at once."""
+FEW = 8
+"""Own tokens of a branch up to which no kernel is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,25 @@ def plain_attention(query_PHRD: Tensor, key_PHXD: Tensor, value_PHXD: Tensor, sc
     lse_PHR = score_PHRX.logsumexp(-1)
     weight_PHRX = (score_PHRX - lse_PHR[..., None]).exp().to(value_PHXD.dtype)
     return torch.matmul(weight_PHRX, value_PHXD), lse_PHR
+
+
+def own_attention(query_NKGD: Tensor, own_2TNKD: Tensor, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """What each row's queries find in the row's own tokens: contents, and the scores by which they are joined.
+
+    A kernel's work per row costs more than the few tokens of a path are worth: each of those is a content of its own,
+    computed for all rows at once. Of more tokens the kernel makes one content, whose score is their log-sum-exp.
+
+    Returns:
+        Contents that broadcast to `[N, K, G, D]`, each with its float32 `[N, K, G]`.
+    """
+    key_TNKD, value_TNKD = own_2TNKD
+    if len(key_TNKD) > FEW:
+        return [attention(query_NKGD, key_TNKD.permute(1, 2, 0, 3), value_TNKD.permute(1, 2, 0, 3), scale)]
+    query_NKGD = query_NKGD.float() * scale
+    return [
+        (value_NKD[:, :, None], (query_NKGD * key_NKD[:, :, None]).sum(-1))
+        for key_NKD, value_NKD in zip(key_TNKD, value_TNKD, strict=True)
+    ]
 
 
 class PromptStore:
@@ -135,9 +160,8 @@ class Branches:
         """Forget what grew; the rows are the prompts again."""
         self._prompt_N = torch.arange(len(self._length_P))
         self._grown = 0
-        self._ancestor_TN: list[Tensor] = []
-        self._key_TN: list[list[Tensor]] = [[] for _ in self._store.layers]
-        self._value_TN: list[list[Tensor]] = [[] for _ in self._store.layers]
+        self._moved_N: Tensor | None = None
+        self._own: list[Tensor] = [torch.empty(0)] * len(self._store.layers)
         self._stacks: list[_Stack] = []
 
     def grow(self, parent_N: Tensor) -> Tensor:
@@ -149,9 +173,8 @@ class Branches:
         prompt_N = self._prompt_N[parent_N.cpu()]
         if int(prompt_N.bincount().max()) > self._rows:
             raise ValueError(f"a prompt grows into more than {self._rows} rows")
-        if self._grown:
-            ancestor = parent_N.to(self._device)
-            self._ancestor_TN = [*(row_N[ancestor] for row_N in self._ancestor_TN), ancestor]
+        stayed = len(parent_N) == len(self._prompt_N) and bool((parent_N.cpu() == torch.arange(len(parent_N))).all())
+        self._moved_N = None if stayed else parent_N.to(self._device)
         self._prompt_N = prompt_N
         self._stacks = list(self._stacked(prompt_N))
         self._grown += 1
@@ -193,26 +216,34 @@ class Branches:
         Call it once per layer after each `grow`.
         """
         shape = self._store.layers[layer]
-        # Copies, because a view would keep the whole projection alive that keys and values are cut out of.
-        self._key_TN[layer].append(key_NKD.clone())
-        self._value_TN[layer].append(value_NKD.clone())
-        own = range(max(0, self._grown - (shape.window or self._grown)), self._grown)
-        score_TNH = [self._own_score(shape, query_NHD, self._through(self._key_TN[layer], t)) for t in own]
+        own_2TNKD = self._with_newest(layer, key_NKD, value_NKD)
+        seen = slice(max(0, self._grown - (shape.window or self._grown)), self._grown)
+        grouped_NKGD = query_NHD.view(len(query_NHD), shape.kv_heads, -1, shape.head_size)
         prompt_NHD, lse_NH = self._prompt_attention(layer, query_NHD)
+        shape_NKG = grouped_NKGD.shape[:3]
+        parts = own_attention(grouped_NKGD, own_2TNKD[:, seen], shape.scale)
 
-        weight_NHT = torch.stack([lse_NH, *score_TNH], -1).softmax(-1)
-        joined_NHD = prompt_NHD.float() * weight_NHT[..., :1]
-        for place, t in enumerate(own, start=1):
-            value_NH_D = _per_query_head(self._through(self._value_TN[layer], t), shape)
-            joined_NHD.addcmul_(value_NH_D, weight_NHT[..., place : place + 1])
-        output_NHD.copy_(joined_NHD)
+        weight_NKGP = torch.stack([lse_NH.view(shape_NKG), *(score.float() for _, score in parts)], -1).softmax(-1)
+        joined_NKGD = prompt_NHD.float().view(grouped_NKGD.shape) * weight_NKGP[..., :1]
+        for place, (content, _) in enumerate(parts, start=1):
+            joined_NKGD.addcmul_(content, weight_NKGP[..., place : place + 1])
+        output_NHD.copy_(joined_NKGD.view(output_NHD.shape))
 
-    def _through(self, level_TN: list[Tensor], level: int) -> Tensor:
-        """What each row's ancestor at `level` left behind."""
-        return level_TN[level] if level == self._grown - 1 else level_TN[level][self._ancestor_TN[level]]
-
-    def _own_score(self, shape: LayerShape, query_NHD: Tensor, key_NKD: Tensor) -> Tensor:
-        return (query_NHD.float() * _per_query_head(key_NKD, shape)).sum(-1) * shape.scale
+    def _with_newest(self, layer: int, key_NKD: Tensor, value_NKD: Tensor) -> Tensor:
+        """Keys and values of each row's own tokens, the newest among them, `[2, room, N, K, D]`."""
+        level, own = self._grown - 1, self._own[layer]
+        if not level:
+            own = key_NKD.new_empty(2, ROOM, *key_NKD.shape)
+        elif self._moved_N is not None or level == own.shape[1]:
+            before_2TNKD, own = own[:, :level], key_NKD.new_empty(2, -(-self._grown // ROOM) * ROOM, *key_NKD.shape)
+            for before_TNKD, now_TNKD in zip(before_2TNKD, own[:, :level], strict=True):
+                if self._moved_N is None:
+                    now_TNKD.copy_(before_TNKD)
+                else:
+                    torch.index_select(before_TNKD, 1, self._moved_N, out=now_TNKD)
+        own[0, level], own[1, level] = key_NKD, value_NKD
+        self._own[layer] = own
+        return own
 
     def _prompt_attention(self, layer: int, query_NHD: Tensor) -> tuple[Tensor, Tensor]:
         """Attention to the prompts, and its log-sum-exp `[N, H]`: minus infinity where the window has left a prompt."""
@@ -243,10 +274,3 @@ class Branches:
             output_NHD[stack.row_M] = some_XHD[stack.place_M]
             lse_NH[stack.row_M] = lse_XH[stack.place_M].float()
         return output_NHD, lse_NH
-
-
-def _per_query_head(content_NKD: Tensor, shape: LayerShape) -> Tensor:
-    """The key-value head of each query head, `[N, H, D]`."""
-    if shape.heads == shape.kv_heads:
-        return content_NKD
-    return content_NKD.repeat_interleave(shape.heads // shape.kv_heads, 1)

@@ -1,8 +1,8 @@
 """Joined attention equals plain softmax attention of every row to its prompt and its ancestors.
 
 The oracle copies the prompt to every row and computes in float64. Checked: random trees, prompts of any lengths,
-prompts that lose all their rows, grouped heads, sliding windows, both ways of the attention kernel, equal bits alone
-and together, starting anew. Not here: the model around it (test_engines.py).
+prompts that lose all their rows, rows that stay, grouped heads, sliding windows, few own tokens and many, both ways of
+the attention kernel, equal bits alone and together, starting anew. Not here: the model around it (test_engines.py).
 """
 
 from __future__ import annotations
@@ -106,25 +106,31 @@ shapes = st.builds(
     layers=st.lists(shapes, min_size=1, max_size=2),
     rows=st.integers(1, 4),
     plain=st.booleans(),
+    few=st.integers(0, 4),
+    room=st.integers(1, 3),
     data=st.data(),
 )
 def test_joined_attention_is_attention(
-    lengths: list[int], layers: list[LayerShape], rows: int, plain: bool, data: st.DataObject
+    lengths: list[int], layers: list[LayerShape], rows: int, plain: bool, few: int, room: int, data: st.DataObject
 ) -> None:
     wave = Wave(lengths, layers, rows, list(range(len(lengths))))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEW", few)
+        patch.setattr(module, "ROOM", room)
         if plain:
             patch.setattr(module, "attention", plain_attention)
         for again in range(2):
-            for level in range(3):
-                parents: list[int] = []
-                for prompt in range(len(lengths)):
+            for level in range(4):
+                # Samples and single beams stay where they are.
+                stays = level > 0 and data.draw(st.booleans())
+                parents = list(range(len(wave.prompts))) if stays else []
+                for prompt in range(0 if stays else len(lengths)):
                     mine = [row for row, owner in enumerate(wave.prompts) if owner == prompt]
                     if mine:
                         parents += data.draw(st.lists(st.sampled_from(mine), min_size=0, max_size=rows))
                 if not parents:
                     break
-                for found, expected in wave.grow(parents, level + 3 * again):
+                for found, expected in wave.grow(parents, level + 4 * again):
                     torch.testing.assert_close(found.double(), torch.stack(expected), atol=2e-6, rtol=0)
             wave.branches.restart()
             wave.restart()
@@ -141,7 +147,9 @@ def test_both_kernels_agree_in_bfloat16() -> None:
         torch.testing.assert_close(found.float(), expected.float(), atol=2e-2, rtol=0)
 
 
-def test_equal_bits_alone_and_together() -> None:
+@pytest.mark.parametrize("few", [0, 8])
+def test_equal_bits_alone_and_together(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW", few)
     layers = [LayerShape(heads=4, kv_heads=2, head_size=SIZE, scale=0.4)]
     lengths, growth = [300, 40, 300, 7], [[0, 0, 1, 2, 2, 3], [0, 1, 1, 2, 3, 4, 5, 5]]
     together = Wave(lengths, layers, 3, [1, 2, 3, 4])
