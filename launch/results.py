@@ -38,7 +38,8 @@ from typing import Annotated, Any
 import tyro
 
 from data.errors import RequestError, RunError
-from launch.cli import COMMANDS, split_command
+from launch.cli import split_command
+from launch.commands import COMMANDS
 from launch.provenance import ROOT, commit
 from launch.run_directory import SUMMARY, read_json
 from trainer.durable import write_text

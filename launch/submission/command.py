@@ -56,7 +56,8 @@ def read_submission(arguments: Sequence[str]) -> tuple[SubmitSettings | None, li
     Raises:
         RequestError: wrong options; those of the command are checked later.
     """
-    from launch.cli import COMMANDS, check_writable, parse_and_call, split_json
+    from launch.cli import check_writable, parse_and_call, split_json
+    from launch.commands import COMMANDS
 
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)

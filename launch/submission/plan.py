@@ -92,18 +92,18 @@ def checked_command(words: list[str], target: Target) -> Job | None:
     Raises:
         RequestError: as the command would say, or a run directory that the nodes could not share.
     """
-    from launch import cli
+    from launch import cli, commands
 
     if not words:
         raise RequestError("submit", "no command", "windlass submit --to TARGET [OPTIONS] -- COMMAND ...")
     name, arguments = cli.split_command(words)
-    if name not in cli.COMMANDS or name in NOT_SUBMITTED:
+    if name not in commands.COMMANDS or name in NOT_SUBMITTED:
         raise RequestError(
             "command", repr(name), "a command that does work, such as train, eval, continual or bench step"
         )
     if name == "train":
         return _checked_train(arguments, target)
-    command = cli.COMMANDS[name]
+    command = commands.COMMANDS[name]
     if not command.own_arguments:
         body = cli.load(name, command)
 

@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen3Config
 
 from data.errors import RequestError, RunError
-from launch import cli
+from launch import cli, commands
 from launch.bench.ceiling import Arithmetic, causal_pairs, matmul_ceiling_tflops
 from launch.bench.child import Child, Functions
 from launch.bench.frame import Local, Way, answer, paired, ratio
@@ -223,7 +223,7 @@ def test_a_card_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str])
 
 def test_every_benchmark_takes_the_common_options() -> None:
     wanted = set(BenchSettings.model_fields)
-    for name, command in cli.COMMANDS.items():
+    for name, command in commands.COMMANDS.items():
         if name.startswith("bench ") and name != "bench suite":
             body: Callable[..., Any] = cli.load(name, command)
             settings = next(iter(body.__annotations__.values()))

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from launch import cli
+from launch import cli, commands
 from launch.bench import suite
 from launch.bench.machine import describe_machine
 from launch.provenance import ROOT
@@ -26,7 +26,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
     def run(command: list[str]) -> dict[str, Any]:
         assert command[0] == "bench"
-        body, arguments = cli.COMMANDS[f"bench {command[1]}"], command[2:]
+        body, arguments = commands.COMMANDS[f"bench {command[1]}"], command[2:]
         cli.parse_and_call("bench", body, _nothing_like(cli.load(command[1], body)), arguments)
         return given[command[1]]
 

@@ -15,7 +15,7 @@ import pytest
 import tyro
 
 from data.errors import RequestError, RunError
-from launch import cli
+from launch import cli, commands
 
 
 def _answer(path: Annotated[str, tyro.conf.Positional], /, count: int = 1) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _answer(path: Annotated[str, tyro.conf.Positional], /, count: int = 1) -> di
 @pytest.fixture(autouse=True)
 def _command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        cli.COMMANDS, "answer", cli.Command(target=f"{__name__}:_answer", summary="answers", answers=True)
+        commands.COMMANDS, "answer", commands.Command(target=f"{__name__}:_answer", summary="answers", answers=True)
     )
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
 
@@ -106,7 +106,7 @@ def test_train_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[s
 
 def test_every_command_leads_to_a_function() -> None:
     """The table names bodies that exist; files of other commands may be checked only where they are."""
-    for name, command in cli.COMMANDS.items():
+    for name, command in commands.COMMANDS.items():
         module = command.target.partition(":")[0].replace(".", "/") + ".py"
         if (Path(cli.__file__).parents[1] / module).is_file():
             assert callable(cli.load(name, command)), name

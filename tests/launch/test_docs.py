@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from launch import cli
+from launch import cli, commands
 from launch.config import RECIPES
 from launch.continual.command import parser, read_continual
 from launch.continual.replay_command import read_replay
@@ -109,7 +109,7 @@ def check_submit(arguments: list[str]) -> None:
 
 def check_other(name: str, arguments: list[str]) -> None:
     """tyro takes the arguments; the body is not called."""
-    command = cli.COMMANDS[name]
+    command = commands.COMMANDS[name]
     body = cli.load(name, command)
 
     @functools.wraps(body)

@@ -18,6 +18,7 @@ import pytest
 
 from data.errors import RequestError, RunError
 from launch import cli
+from launch.commands import COMMANDS
 from launch.config import RECIPES
 from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT, commit
@@ -156,13 +157,13 @@ def check_command(command: list[str], seed: int | None) -> Path:
         known, _ = read_replay(rest)
         assert seed in (None, known.seed)
         return Path()
-    body = cli.load(name, cli.COMMANDS[name])
+    body = cli.load(name, COMMANDS[name])
 
     @functools.wraps(body)
     def nothing(*positional: Any, **named: Any) -> None:
         return None
 
-    cli.parse_and_call(name, cli.COMMANDS[name], nothing, rest)
+    cli.parse_and_call(name, COMMANDS[name], nothing, rest)
     if seed is not None:
         assert rest[rest.index("--seed") + 1] == str(seed)
     return Path()
