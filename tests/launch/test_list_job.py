@@ -1,9 +1,9 @@
 """Jobs of ranked lists through the command line on the real parts: a vLLM engine, DeepSpeed, a critic on Ray Serve.
 
 Checks exit codes, that lists are valid and engine and learner agree, that the critic is asked, what the checkpoint
-says of its lists, and (long) that a supervised run cut off and continued, and a run of credit after it, end at the
-weights of undisturbed ones, and that a language model learns lists of titles, by LoRA too, and is evaluated on them.
-What lands on which token: tests/trainer/test_list_loop.py.
+says of its lists, and (long) that lists come after free text, that a supervised run cut off and continued, and a run
+of credit after it, end at the weights of undisturbed ones, and that a language model learns lists of titles, by LoRA
+too, and is evaluated on them. What lands on which token: tests/trainer/test_list_loop.py.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CriticRanker(Critic(shape)).save(folder / "critic")
     write_recipe(folder / "sft.yaml", job(dataset, "sft", batch_rows=16))
     write_recipe(folder / "lists.yaml", job(dataset, "rl", **CREDIT))
+    write_recipe(folder / "text.yaml", job(dataset, "rl", **CREDIT | {"lists": LISTS | {"text_tokens": 5}}))
     return folder
 
 
@@ -90,6 +91,18 @@ def test_credit_for_lists_on_the_real_fleet(folder: Path) -> None:
     assert summary["test"]["violations"] == summary["test"]["invalid"]["constrained"] == 0
     card = PromptCard.read(max((run / "checkpoints").glob("step-*")) / "hf")
     assert [need.name for need in card.lists.needs] == ["interest", "trend", "niche"]
+
+
+@pytest.mark.long
+def test_lists_after_free_text(folder: Path) -> None:
+    done = windlass("train", "text.yaml", "--run-dir", "runs/text", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for step in read_steps(folder / "runs" / "text")[1:]:
+        assert step["constraint.violations"] == step["credit/not_a_list_share"] == 0
+        # A random model says `<list>` hardly ever; texts that the limit ended are counted, not lost.
+        assert 0 < step["lists/text_cut"] <= 8 * 4
+        assert step["tokens/policy"] > 8 * 4 * (6 * 2 + 1)
+        assert step["policy_gap/max"] < 1e-4
 
 
 @pytest.mark.long
