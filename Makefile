@@ -9,8 +9,9 @@ setup:
 demo: setup
 	@.venv/bin/windlass demo --run-dir runs/demo
 
+# Two processes: most of a test with real parts is the start of one engine or another, on one core.
 test: setup check
-	@$(PYTEST) -q
+	@$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup
 	@$(PYTEST) -q -m long

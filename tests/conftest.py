@@ -1,4 +1,4 @@
-"""Closing lines of a test run: passed, failed, and skipped by reason."""
+"""How a test run is dealt to processes, and its closing lines: passed, failed, and skipped by reason."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 # Timings never decide a test: on a loaded machine an example may take any time.
 settings.register_profile("windlass", deadline=None)
 settings.load_profile("windlass")
+
+
+SHARED = "tests/rollout/"
+"""A folder whose files share engines, which take longer to start than most files to run."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal files to the processes of `-n 2 --dist loadfile`, and the folder that shares engines as if it were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Dealer(LoadFileScheduling):
+        """Which tests go to one process."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return SHARED if scope.startswith(SHARED) else scope
+
+    return Dealer(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
