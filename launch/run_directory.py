@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "learner.activation_checkpointing",
     "learner.timeout_s",
     "weights.host",
+    "weights.keep",
     "rollout.engines",
     "rollout.threads",
     "rollout.gpus",

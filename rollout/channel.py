@@ -2,6 +2,7 @@
 
     describe → metadata message → packed buckets → check 1: checksums of what every engine received
                                                  → check 2: the probe → published on all engines, or on none
+    an engine comes up later: what the last push left behind → both checks → published on this engine
 
 Errors of any side come up here as `PushError` before the deadline. An engine that stopped half way holds a mixture of
 two versions: it is marked failed and replaced, and the push is repeated, unless a check failed: then something is
@@ -11,28 +12,37 @@ wrong with the weights themselves and the run must stop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future
-from concurrent.futures import wait as wait_futures
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from data.errors import RunError
+from data.records import FloatArray
 from data.settings import Settings
-from rollout.buckets import ALIGNMENT, HEADER_BYTES, BucketError, plan_buckets
-from rollout.movers import Deadline, Endpoint, MoverKind, MoverRequest, MoverTimeout, PeerError
-from rollout.peers import Peer, PeerDied
+from rollout.buckets import ALIGNMENT, HEADER_BYTES, plan_buckets
+from rollout.kept_push import KeptBuckets, kept_path
+from rollout.movers import Deadline, Endpoint, MoverKind, MoverRequest
+from rollout.peers import Peer
 from rollout.probe import Gap, GapAlarm, Probe, ProbeAnswer, check_gap, gap_limit, probe_gap
+from rollout.push_failures import Blame, PushError, PushFailure, gather
 from rollout.receiving import PushFault, PushMessage, Receipt
 
 _PEER_SHARE = 0.8
 """Share of the deadline the two ends give themselves: their own words are better than our stopwatch."""
 LOOPBACK = "127.0.0.1"
-_GRACE_S = 3.0
-"""How long the others may still report after the first error; the first is often only an echo of the cause."""
+
+
+class KeepPush(StrEnum):
+    """Whether the buckets of the last push stay, for engines that come up after it."""
+
+    AUTO = "auto"
+    """Where batches are collected ahead: the learners could not repeat the push."""
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class ChannelSettings(Settings):
@@ -52,6 +62,9 @@ class ChannelSettings(Settings):
     """How often in one push failed engines are replaced and the push repeated."""
     folder: str = ""
     """Folder of the file mover, seen by all nodes."""
+    keep: KeepPush = KeepPush.AUTO
+    """Whether the last push stays in a file of the run directory, so that an engine that comes up later is brought to
+    the version at once: auto (with max_staleness above 0), always or never. It has the size of the weights."""
     host: str | None = None
     """Address of the learner's first rank, seen by all engines (gloo and nccl); none takes what Ray knows."""
     test_fault: PushFault = PushFault.NONE
@@ -65,54 +78,6 @@ class ChannelSettings(Settings):
     def bucket_bytes(self) -> int:
         """Payload of a bucket."""
         return max(1, round(self.bucket_mib * 2**20 / ALIGNMENT)) * ALIGNMENT
-
-
-class PushFailure(StrEnum):
-    """Why an engine, or the learner, is to blame for a failed push."""
-
-    CHECKSUM = "checksum"
-    """Check 1: what arrived is not what was sent."""
-    PROBE = "probe"
-    """Check 2: the engine computes other log-probabilities than the learner."""
-    TIMEOUT = "timeout"
-    """It fell silent."""
-    DIED = "died"
-    """Its process is gone."""
-    ERROR = "error"
-    """It raised an error."""
-    HALF_WAY = "half_way"
-    """Another one failed, and it was left with part of the weights."""
-
-
-ALARMS = (PushFailure.CHECKSUM, PushFailure.PROBE)
-"""Reasons that stop the run; the others replace the engine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blame:
-    """One failed peer."""
-
-    reason: PushFailure
-    text: str
-
-
-class PushError(RunError):
-    """A push failed; nothing of it is visible."""
-
-    def __init__(self, version: int, blames: Mapping[str, Blame]) -> None:
-        super().__init__(version, blames)
-        self.version = version
-        self.blames = dict(blames)
-
-    def __str__(self) -> str:
-        order = sorted(self.blames.items(), key=lambda item: item[1].reason is PushFailure.HALF_WAY)
-        told = "; ".join(f"{name} ({blame.reason.value}): {blame.text}" for name, blame in order)
-        return f"push of weight version {self.version} failed: {told}"
-
-    @property
-    def alarm(self) -> bool:
-        """True when a check failed, so that no replacement helps."""
-        return any(blame.reason in ALARMS for blame in self.blames.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +94,15 @@ class PushReport:
     """By phase: `transfer`, `probe`, `total`, and of the transfer `wake` where engines slept."""
     replaced: tuple[str, ...] = ()
     """Engines that were replaced on the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPush:
+    """A verified push that an engine can still be brought to."""
+
+    message: PushMessage
+    sent: Receipt
+    answer: ProbeAnswer
 
 
 @dataclass
@@ -150,8 +124,12 @@ class WeightChannel:
     """Starts a fresh engine in the place of a failed one; none where the push is to go on without it."""
     workers_per_engine: int = 1
     """Receivers behind one engine (tensor parallel workers)."""
+    keep: Path | None = None
+    """Folder, seen by all nodes, for the buckets of the last push; none keeps none."""
     version: int | None = None
     """Last version that became visible."""
+    kept: KeptPush | None = None
+    """What the last push left behind."""
     failed: dict[str, Blame] = field(default_factory=dict)
     """Engines that must be replaced before they may be used."""
     _generation: dict[str, int] = field(default_factory=dict)
@@ -212,14 +190,15 @@ class WeightChannel:
         if fault is not PushFault.WITHHOLD_PUSH:
             sent, received = self._transfer(message, deadline)
         moved = time.monotonic()
-        limit, gaps = Gap(mean=0.0, max=0.0), dict[str, Gap]()
+        limit, gaps, answer = Gap(mean=0.0, max=0.0), dict[str, Gap](), None
         if not blind:
-            self._check_receipts(version, sent, received)
-            limit, gaps = self._check_probe(version)
+            self._check_receipts(version, sent, received, self.engines)
+            limit, gaps, answer = self._check_probe(version)
         publish = "publish_unchecked" if blind else "publish_weights"
         calls = {name: peer.submit(publish, version) for name, peer in self.engines.items()}
-        self._gather(version, calls, Deadline(self.settings.probe_deadline_s))
+        gather(version, calls, Deadline(self.settings.probe_deadline_s))
         self.version = version
+        self._remember(message, sent, answer)
         now = time.monotonic()
         seconds = {"transfer": moved - begun, "probe": now - moved, "total": now - begun}
         if waking_s := max((receipt.waking_s for receipt in received.values()), default=0.0):
@@ -255,6 +234,7 @@ class WeightChannel:
             layout=layout,
             endpoint=endpoint,
             deadline_s=_PEER_SHARE * deadline.left,
+            keep="" if self.keep is None else str(kept_path(self.keep, version)),
             fault=fault,
             blind=blind,
         )
@@ -265,13 +245,46 @@ class WeightChannel:
             for rank, (name, peer) in enumerate(self.engines.items())
         }
         calls[self.source.name] = self.source.submit("send_push", message)
-        received = self._gather(message.version, calls, deadline)
+        received = gather(message.version, calls, deadline)
         return received.pop(self.source.name), received
 
-    def _check_receipts(self, version: int, sent: Receipt | None, received: Mapping[str, Receipt]) -> None:
-        """Check 1: every engine verified exactly the buckets that were sent."""
+    def _remember(self, message: PushMessage, sent: Receipt | None, answer: ProbeAnswer | None) -> None:
+        """What later engines can be brought to; the version before it is forgotten."""
+        before, self.kept = self.kept, None
+        if message.keep and sent is not None and answer is not None:
+            endpoint = KeptBuckets(address=message.keep)
+            self.kept = KeptPush(message=replace(message, endpoint=endpoint, keep=""), sent=sent, answer=answer)
+        if before is not None and (self.kept is None or self.kept.message.endpoint != before.message.endpoint):
+            Path(before.message.endpoint.address).unlink(missing_ok=True)
+
+    def bring(self, name: str, peer: Peer) -> None:
+        """Take the last version to an engine that has not got it, out of what the push left behind.
+
+        The learner and the other engines have no part in it; the checks are those of a push.
+
+        Raises:
+            PushError: it failed; the engine is unusable.
+            ValueError: nothing was kept.
+        """
+        if self.kept is None:
+            raise ValueError("no push was kept")
+        self.adopt(name, peer)
+        kept, deadline = self.kept, Deadline(self.settings.deadline_s)
+        version = kept.message.version
+        message = replace(kept.message, deadline_s=_PEER_SHARE * deadline.left)
+        received = gather(version, {name: peer.submit("receive_weights", message, 0)}, deadline)
+        self._check_receipts(version, kept.sent, received, [name])
+        deadline = Deadline(self.settings.probe_deadline_s)
+        scores = gather(version, {name: self._ask_probe(peer)}, deadline)
+        self._compare(version, scores, kept.answer)
+        gather(version, {name: peer.submit("publish_weights", version)}, deadline)
+
+    def _check_receipts(
+        self, version: int, sent: Receipt | None, received: Mapping[str, Receipt], names: Iterable[str]
+    ) -> None:
+        """Check 1: these engines verified exactly the buckets that were sent."""
         blames = {}
-        for name in self.engines:
+        for name in names:
             receipt = received.get(name)
             if sent is None or receipt is None:
                 text = f"no receipt for version {version}"
@@ -285,14 +298,22 @@ class WeightChannel:
         if blames:
             raise PushError(version, blames)
 
-    def _check_probe(self, version: int) -> tuple[Gap, dict[str, Gap]]:
+    def _check_probe(self, version: int) -> tuple[Gap, dict[str, Gap], ProbeAnswer]:
         """Check 2: every engine computes what the learner computes."""
         deadline = Deadline(self.settings.probe_deadline_s)
-        prompts, completions = list(self.probe.prompts), list(self.probe.completions)
-        calls = {name: peer.submit("score", prompts, completions) for name, peer in self.engines.items()}
+        calls = {name: self._ask_probe(peer) for name, peer in self.engines.items()}
         calls[self.source.name] = self.source.submit("answer_probe", self.probe)
-        scores = self._gather(version, calls, deadline)
+        scores = gather(version, calls, deadline)
         answer: ProbeAnswer = scores.pop(self.source.name)
+        return *self._compare(version, scores, answer), answer
+
+    def _ask_probe(self, peer: Peer) -> Future[Any]:
+        return peer.submit("score", list(self.probe.prompts), list(self.probe.completions))
+
+    def _compare(
+        self, version: int, scores: Mapping[str, Sequence[FloatArray]], answer: ProbeAnswer
+    ) -> tuple[Gap, dict[str, Gap]]:
+        """The limit, and every engine's gap to the learner's answer, which is within it."""
         limit = gap_limit(self.dtype, answer.noise)
         gaps: dict[str, Gap] = {}
         blames: dict[str, Blame] = {}
@@ -308,35 +329,4 @@ class WeightChannel:
 
     def _ask_source(self, version: int, method: str, *arguments: Any, deadline: Deadline) -> Any:
         name = self.source.name
-        return self._gather(version, {name: self.source.submit(method, *arguments)}, deadline)[name]
-
-    def _gather(self, version: int, calls: Mapping[str, Future[Any]], deadline: Deadline) -> dict[str, Any]:
-        """Results of all calls; the error of any as soon as it is there, with what the others say within a moment."""
-        _, waiting = wait_futures(calls.values(), timeout=deadline.left, return_when=FIRST_EXCEPTION)
-        if waiting and any(call.exception() is not None for call in calls.values() if call.done()):
-            wait_futures(calls.values(), timeout=min(_GRACE_S, deadline.left))
-        errors = {n: error for n, call in calls.items() if call.done() and (error := call.exception()) is not None}
-        blames = {name: blame(error) for name, error in errors.items()}
-        # Who is silent while others fail for their own reasons is a victim; where they fail for the silence, the cause.
-        victim = any(blame.reason is not PushFailure.TIMEOUT for blame in blames.values())
-        for name, call in calls.items():
-            if name not in errors and not call.done():
-                reason = PushFailure.HALF_WAY if victim else PushFailure.TIMEOUT
-                blames[name] = Blame(reason=reason, text="no answer when the push was given up")
-        if blames:
-            raise PushError(version, blames)
-        return {name: call.result() for name, call in calls.items()}
-
-
-def blame(error: BaseException) -> Blame:
-    """Who is to blame, by the kind of exception a peer raised."""
-    reason = PushFailure.ERROR
-    for kind, known in (
-        (BucketError, PushFailure.CHECKSUM),
-        (MoverTimeout, PushFailure.TIMEOUT),
-        (PeerError, PushFailure.HALF_WAY),
-        (PeerDied, PushFailure.DIED),
-    ):
-        if isinstance(error, kind):
-            reason = known
-    return Blame(reason=reason, text=f"{type(error).__name__}: {error}")
+        return gather(version, {name: self.source.submit(method, *arguments)}, deadline)[name]

@@ -9,7 +9,8 @@ silent goes to another one. Who may be asked is decided by `rollout.fleet_health
 | a request                | see `rollout.dispatch`      |                                                  |
 | `recover`, before a push | who is suspect              | an answer, or `PING_S`                           |
 | `recover`, nobody is up  | the first engine that joins | an answer, or `rollout.start_deadline_s`         |
-| nobody                   | an engine that joins        | it takes part in the first push that finds it up |
+| nobody                   | an engine that joins        | the first push that finds it up; or, before the  |
+|                          |                             | next request, what the last push left (`bring`)  |
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class RolloutFleet:
     health: FleetHealth = field(init=False)
     on_loss: Callable[[EngineFailure], None] | None = None
     """Told of every lost engine while others carry on; may `relaunch` it."""
+    bring: Callable[[], None] | None = None
+    """Asked before a request while engines are joining: verifies those that came up since the last push."""
     rejoin: Callable[[EngineFailure], None] | None = None
     """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
     joining: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +155,10 @@ class RolloutFleet:
         self._pushed, self.asleep = True, False
         self.health.pushed(incarnations, version, time.monotonic())
 
+    def joined(self, engine_id: str, version: int) -> None:
+        """What the last push left behind was verified on an engine that came up after it."""
+        self.health.joined(engine_id, self.incarnations()[engine_id], version, time.monotonic())
+
     def generate(self, prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
         """Complete every prompt; see `rollout.engine.Engine.generate`.
 
@@ -189,6 +196,8 @@ class RolloutFleet:
         """Results of the calls, in their order; see `rollout.dispatch`."""
         if self.asleep:
             raise RunError("the engines are asleep until the next push: the learners have their memory")
+        if self.joining and self.bring is not None:
+            self.bring()
         able = len(self.health.named(EngineState.HEALTHY))
         self.most_waiting = max(self.most_waiting, len(calls) - able)
         return Dispatch(
@@ -265,7 +274,7 @@ class RolloutFleet:
         self.health.removed(engine_id)
         self.placement.release(engine_id)
 
-    def _welcome(self) -> None:
+    def take_in(self) -> None:
         """Take in who has joined and is up by now; the others join a later push, or are dead at their deadline."""
         import ray
 
@@ -293,7 +302,7 @@ class RolloutFleet:
         """
         import ray
 
-        self._welcome()
+        self.take_in()
         for engine_id in self.health.named(EngineState.SUSPECT):
             incarnation = self.incarnations()[engine_id]
             try:
@@ -307,7 +316,7 @@ class RolloutFleet:
             launched = min(self.health.engines[name].since for name in self.joining)
             patience = launched + self.settings.start_deadline_s - time.monotonic()
             ray.wait(list(self.joining.values()), timeout=max(0.0, patience))
-            self._welcome()
+            self.take_in()
         return self.health.named(EngineState.DEAD)
 
     def restart(self, engine_id: str) -> Any:

@@ -1,7 +1,7 @@
 """Which engines of a fleet may be asked: a state machine per engine, pure, told the time and what happened.
 
     STARTING  launched, has not answered yet            → STALE when it is up; DEAD at the start deadline
-    STALE     is up, but its weights are not verified   → HEALTHY by a verified push, and by nothing else
+    STALE     is up, but its weights are not verified   → HEALTHY by a verified push, or by what the last one left
     HEALTHY   holds the fleet's version, verified       → STALE when a push passes it by or it sleeps; SUSPECT; DEAD
     SUSPECT   fell silent, or raised an error           → STALE when it answers; DEAD when it stays silent
     DEAD      its process is gone, or counts as gone    → STARTING by a launch, as another incarnation
@@ -111,6 +111,12 @@ class FleetHealth:
                 self.engines[name] = replace(engine, state=EngineState.HEALTHY, since=now, version=version)
             elif engine.state is EngineState.HEALTHY:
                 self.engines[name] = replace(engine, state=EngineState.STALE, since=now, version=None)
+
+    def joined(self, name: str, incarnation: int, version: int, now: float) -> None:
+        """What the push of `version` left behind was verified on this engine: it joins the others that hold it."""
+        engine = self._current(name, incarnation)
+        if engine is not None and engine.state is EngineState.STALE and version == self.version:
+            self.engines[name] = replace(engine, state=EngineState.HEALTHY, since=now, version=version)
 
     def slept(self, now: float) -> None:
         """The engines gave their memory back: nobody holds weights that may be used before the next push."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data.errors import RunError
 from rollout.buckets import HEADER_BYTES, BucketError, Layout, Unpacker
+from rollout.kept_push import KeptBuckets, KeptReceiver
 from rollout.movers import BucketReceiver, Deadline, Endpoint, open_receiver
 from rollout.sleeping import Memory, SleepingEngine
 
@@ -51,9 +52,12 @@ class PushMessage:
 
     version: int
     layout: Layout
-    endpoint: Endpoint
+    endpoint: Endpoint | KeptBuckets
+    """The sender; or what an earlier push left behind, for an engine that missed it."""
     deadline_s: float
     """Seconds each side gives itself, from when it reads the message."""
+    keep: str = ""
+    """File that the sender writes the buckets down in; none keeps none."""
     fault: PushFault = PushFault.NONE
     """Test-only."""
     blind: bool = False
@@ -116,6 +120,8 @@ class Inbox:
                 tensors += len(completed)
             if tensors != len(layout.specs) and not message.blind:
                 raise BucketError(f"{tensors} of {len(layout.specs)} tensors of version {message.version} were loaded")
+            if isinstance(message.endpoint, KeptBuckets):
+                self.close()
         except BaseException as error:
             self.fail(f"{type(error).__name__}: {error}")
             raise
@@ -127,8 +133,11 @@ class Inbox:
             seconds=time.monotonic() - begun,
         )
 
-    def _connect(self, endpoint: Endpoint, rank: int, device: str, deadline: Deadline) -> BucketReceiver:
-        if self._receiver is None or self._address != endpoint.address:
+    def _connect(self, endpoint: Endpoint | KeptBuckets, rank: int, device: str, deadline: Deadline) -> BucketReceiver:
+        if isinstance(endpoint, KeptBuckets):
+            self.close()
+            self._receiver, self._address = KeptReceiver(endpoint), endpoint.address
+        elif self._receiver is None or self._address != endpoint.address:
             self.close()
             self._receiver = open_receiver(endpoint, rank=rank, device=device, deadline=deadline)
             self._address = endpoint.address

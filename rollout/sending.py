@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from data.faults import fault_point
 from data.records import FloatArray
 from rollout.buckets import TensorSpec, describe_module, pack
+from rollout.kept_push import KeptWriter
 from rollout.movers import BucketSender, Deadline, Endpoint, MoverKind, MoverRequest, open_sender
 from rollout.probe import Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
@@ -37,7 +39,7 @@ class Outbox:
         return self._sender.endpoint
 
     def send(self, message: PushMessage, tensors: Iterable[tuple[str, Tensor]]) -> Receipt:
-        """Pack and send; returns when every receiver has taken everything.
+        """Pack and send, and keep where the message asks for it; returns when every receiver has taken everything.
 
         Args:
             message: the metadata the receivers got.
@@ -45,25 +47,33 @@ class Outbox:
 
         Raises:
             BucketError: the tensors are not those of the layout.
-            MoverError: a receiver failed, or fell silent until the deadline.
+            MoverError: a receiver failed or fell silent until the deadline, or the buckets cannot be kept.
         """
         begun = time.monotonic()
         deadline = Deadline(message.deadline_s)
         sender = self._sender
         if sender is None or sender.endpoint != message.endpoint:
             raise ValueError("the message names an endpoint that this outbox has not opened")
-        on_gpu = message.endpoint.kind in (MoverKind.NCCL, MoverKind.CUDA_IPC)
+        on_gpu = sender.endpoint.kind in (MoverKind.NCCL, MoverKind.CUDA_IPC)
         checksums = []
+        kept = None
         try:
+            kept = KeptWriter(Path(message.keep)) if message.keep else None
             with torch.no_grad():
                 for _, buffer, digest in pack(
                     message.layout, tensors, version=message.version, device="cuda" if on_gpu else "cpu"
                 ):
                     fault_point("push")
                     sender.send(buffer, deadline)
+                    if kept is not None:
+                        kept.write(buffer)
                     checksums.append(digest)
             sender.finish(deadline)
+            if kept is not None:
+                kept.finish()
         except BaseException as error:
+            if kept is not None:
+                kept.abandon()
             sender.fail(f"{type(error).__name__}: {error}")
             self.close()
             raise

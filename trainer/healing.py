@@ -6,7 +6,9 @@ before every push    → engines join and leave as `windlass scale` asks; who is
                        about, or leaves
 a push to it fails   → launched again or gone, and the push is repeated without it
 the push is verified → its engines may be asked again, and nobody else
-nobody is left       → the same at once: the push of the present version is repeated, if the learners are at rest
+nobody is left       → the same at once: the push of the present version is repeated, if the learners are at rest; else
+                       the engines take what it left behind (`weights.keep`), without the learners
+before a request     → engines that came up since the last push take what it left behind
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rollout.engine_calls import EngineFailure
 from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
 from rollout.peers import Peer, RayPeer
+from rollout.push_failures import PushError
 from trainer.failure_policy import Action, Failure, Part, Situation, decide
 from trainer.run_settings import ClusterSettings
 
@@ -50,6 +53,7 @@ class Healing:
         self.fleet.on_loss = self._lost
         self.channel.replace = self._replaced
         self.fleet.rejoin = self._rejoin
+        self.fleet.bring = self._bring
 
     def push(self, version: int) -> PushReport:
         """Take the learners' weights to every engine that is up; those, and only those, may be asked then.
@@ -94,9 +98,10 @@ class Healing:
         """Launch an engine again, or let it leave."""
         name = failure.engine_id
         now = Failure(part=Part.ENGINE, at=time.monotonic(), told=str(failure))
-        healthy = len(self.fleet.health.named(EngineState.HEALTHY))
+        others = set(self.fleet.health.named(EngineState.HEALTHY, EngineState.STALE)) - {name}
         # An engine can be launched without a checkpoint; only learners begin from one.
-        decision = decide(now, self._failures, Situation(healthy_engines=healthy, has_manifest=False), self.settings)
+        situation = Situation(healthy_engines=len(others), has_manifest=False)
+        decision = decide(now, self._failures, situation, self.settings)
         self._failures.append(now)
         self.say(f"{failure}: {decision.action.value} ({decision.reason})")
         if decision.action is Action.RESTART_ENGINE:
@@ -148,6 +153,33 @@ class Healing:
             self.say(f"scale: {name} is coming up")
 
     def _rejoin(self, failure: EngineFailure) -> None:
-        if not self.learners_rest or self.channel.version is None:
+        if self.learners_rest and self.channel.version is not None:
+            self.push(self.channel.version)
+            return
+        if self.channel.kept is None:
             raise failure
-        self.push(self.channel.version)
+        # Ends like `_settle`, which raises when no engine is left.
+        while not self.fleet.health.named(EngineState.HEALTHY):
+            self._settle()
+            self._bring()
+
+    def _bring(self) -> None:
+        """Verify the engines that came up since the last push, out of what it left behind.
+
+        Raises:
+            PushError: a check failed: the weights are in doubt.
+        """
+        if self.channel.kept is None:
+            return
+        self.fleet.take_in()
+        for name in self.fleet.health.named(EngineState.STALE):
+            try:
+                self.channel.bring(name, RayPeer(name, [self.fleet.engines[name]]))
+            except PushError as error:
+                if error.alarm:
+                    raise
+                self.fleet.losses[LossReason.PUSH] += 1
+                self._decide(EngineFailure(name, f"did not take what the last push left: {error}", LossReason.PUSH))
+            else:
+                self._known[name] = self.fleet.incarnations()[name]
+                self.fleet.joined(name, self.channel.kept.message.version)

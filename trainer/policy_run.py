@@ -14,18 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data.catalogue import Catalogue
-from data.errors import RequestError
 from reward.names import RankingMetric, at
-from rollout.channel import PushError, PushFailure, PushReport, WeightChannel
+from rollout.channel import PushReport
 from rollout.fleet import RolloutFleet
-from rollout.peers import RayPeer
 from rollout.placement import Placement, pairs, remove
-from rollout.probe import item_probe
+from rollout.push_failures import PushError, PushFailure
 from trainer.checkpoints import CheckpointStore, check_own, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.healing import Healing
@@ -40,6 +36,7 @@ from trainer.preflight import Plan, check_cluster, check_heads
 from trainer.prompt_card import PromptCard
 from trainer.row_metrics import write_row_metrics
 from trainer.row_scores import write_row_scores
+from trainer.run_channel import ahead, kept_folder, weight_channel
 from trainer.run_gauges import RunGauges, rates
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
@@ -248,7 +245,10 @@ def policy_run(
             reference=reference,
             with_fleet=with_fleet,
         )
-        channel = None if fleet is None else weight_channel(job, data.catalogue, learners, fleet)
+        channel = None
+        if fleet is not None:
+            folder = stack.enter_context(kept_folder(job, run_dir))
+            channel = weight_channel(job, data.catalogue, learners, fleet, keep=folder)
         if newest is not None:
             learners.load(newest / STATE)
         run_log = stack.enter_context(
@@ -266,9 +266,13 @@ def policy_run(
         healing = None
         status = StatusFile(run_dir=run_dir)
         if fleet is not None and channel is not None:
-            rest = not isinstance(job, RlJob) or not job.max_staleness
             healing = Healing(
-                job.cluster, fleet, channel, learners_rest=rest, say=run_log.say, wanted=status.wanted_engines
+                job.cluster,
+                fleet,
+                channel,
+                learners_rest=not ahead(job),
+                say=run_log.say,
+                wanted=status.wanted_engines,
             )
         yield PolicyRun(
             job=job,
@@ -345,30 +349,3 @@ def start_parts(
             if starting is not None and starting.exception() is None:
                 stack.callback(starting.result().close)
     return learners, None if starting is None else starting.result()
-
-
-def weight_channel(
-    job: SftJob | RlJob, catalogue: Catalogue, learners: LearnerGroup, fleet: RolloutFleet
-) -> WeightChannel:
-    """The channel from the learners to the fleet; a failed engine is restarted in place.
-
-    Raises:
-        RequestError: the engines apply an adapter, which whole matrices would not fit.
-    """
-    if job.rollout.adapter is not None:
-        raise RequestError("rollout.adapter", job.rollout.adapter, "none in a job that trains")
-
-    def replaced(engine_id: str) -> RayPeer:
-        return RayPeer(engine_id, [fleet.restart(engine_id)])
-
-    paths = [catalogue.tokens(item) for item in range(catalogue.n_items)]
-    types: set[Any] = {job.learner.dtype.value, job.rollout.dtype.value}
-    return WeightChannel(
-        settings=job.weights.model_copy(update={"host": job.weights.host or learners.host}),
-        source=learners.source,
-        engines={engine_id: RayPeer(engine_id, [actor]) for engine_id, actor in fleet.engines.items()},
-        probe=item_probe(paths, bos=catalogue.vocabulary.bos, seed=job.seed),
-        dtype="bfloat16" if "bfloat16" in types else "float32",
-        workers_per_engine=job.rollout.tensor_parallel,
-        replace=replaced,
-    )

@@ -30,7 +30,7 @@ from rollout.fleet import RolloutFleet
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup
 from trainer.loop import RlLoop
-from trainer.policy_run import weight_channel
+from trainer.run_channel import weight_channel
 from trainer.run_settings import ClusterSettings
 from trainer.run_state import RunState
 

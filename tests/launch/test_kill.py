@@ -110,6 +110,22 @@ def test_a_run_that_loses_its_learners_begins_again_from_the_manifest(world: Pat
 
 
 @pytest.mark.long
+def test_a_run_ahead_that_loses_its_last_engine_goes_on(world: Path) -> None:
+    """The learners are at work then: the next engine takes what their last push left behind."""
+    ahead = ("--max-staleness", "1", "--objective.truncation.level", "token")
+    for name, fault in (
+        ("ahead", {}),
+        ("ahead-engines", {"WINDLASS_FAULT": f"rollout:{PASSINGS[FaultPoint.ROLLOUT]}"}),
+    ):
+        words = ["train", "job.yaml", "--run-dir", f"runs/{name}", "--cluster.engine_restarts", "9", *ahead]
+        done = windlass(*words, cwd=world, **fault)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(world / "runs" / "ahead-engines", world / "runs" / "ahead")
+    assert read_steps(world / "runs" / "ahead-engines")[-1]["system/engine_restarts"] >= 2
+    assert not (world / "runs" / "ahead-engines" / "weights").exists()
+
+
+@pytest.mark.long
 def test_a_colocated_run_is_the_same_to_the_bit(world: Path) -> None:
     run = world / "runs" / "colocated"
     done = windlass("train", "job.yaml", "--run-dir", str(run), "--cluster.colocated", "true", cwd=world)

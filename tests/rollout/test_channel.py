@@ -1,12 +1,14 @@
 """Contract: a push changes what the engine computes to what the learner computes, tied head included, and shows the
 version only after both checks; every way of withholding or breaking a part raises, inside the deadline, and leaves the
-engine without a version; a failed engine is replaced; an engine that slept wakes by a push.
+engine without a version; a failed engine is replaced; an engine that slept wakes by a push; one that comes later takes
+what the push left behind, with the same checks and without the learner.
 
 Real engines: vLLM in this process, and the reference engine. Not covered: engines in Ray actors (test_fleet), GPUs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,11 +23,12 @@ from data.catalogue import Catalogue
 from data.errors import RunError
 from data.records import Decode, DecodeSpec, FloatArray, IntArray
 from rollout.buckets import Unpacker
-from rollout.channel import ChannelSettings, PushError, PushFailure, WeightChannel
+from rollout.channel import ChannelSettings, WeightChannel
 from rollout.engine import Engine, build_engine
 from rollout.movers import MoverKind
 from rollout.peers import LocalPeer
 from rollout.probe import Gap, check_gap, gap_limit, item_probe, probe_gap
+from rollout.push_failures import PushError, PushFailure
 from rollout.receiving import IN_TRANSIT, ModuleInbox, PushFault, PushMessage, Receipt, ReceivingEngine
 from rollout.sending import ModuleSource
 from rollout.settings import EngineKind, HeadRows, RolloutSettings
@@ -213,6 +216,95 @@ def test_vllm_sleeps_past_the_beam_loops_memory_and_wakes_around_the_push(
     one.channel.push(1)
     assert notes == ["sleep 2 empty", "wake_up ['weights']", "receive_push", "wake_up ['kv_cache']"]
     assert not core.is_sleeping(), "vLLM takes requests again"
+
+
+@pytest.fixture
+def kept(hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path) -> Rig:
+    """A rig whose push of version 5 was kept, and whose learner went on since then and answers nobody."""
+    one = rig({"first": reference(hf_dir)})
+    one.channel.keep = tmp_path
+    for version in (4, 5):
+        disturb(one.model, version)
+        one.channel.push(version)
+    disturb(one.model, 6)
+    one.channel.source = LocalPeer("learner", None)
+    return one
+
+
+def test_an_engine_that_comes_later_takes_what_the_push_left(
+    engine: Engine,
+    kept: Rig,
+    restored: Callable[[Engine], Engine],
+    catalogue: Catalogue,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert [path.name for path in tmp_path.iterdir()] == ["version-000005.buckets"]
+    asked: list[str] = []
+    first = kept.channel.engines["first"]
+    monkeypatch.setattr(first, "submit", lambda method, *_: asked.append(method))
+    kept.channel.bring("late", LocalPeer("late", restored(engine)))
+    assert asked == [], "who is at work is left alone"
+    assert engine.weight_version == 5
+    prompts, spec = random_prompts(catalogue, [9, 14], seed=3), DecodeSpec(decode=Decode.BEAM, width=4)
+    theirs, ours = kept.engines["first"].generate(prompts, spec), engine.generate(prompts, spec)
+    assert np.array_equal(ours.token_PGT, theirs.token_PGT)
+    np.testing.assert_allclose(ours.logp_PGT, theirs.logp_PGT, atol=1e-5)
+    # The next push finds it, on a new connection.
+    monkeypatch.undo()
+    kept.channel.source = LocalPeer("learner", kept.source)
+    kept.channel.push(6)
+    assert [path.name for path in tmp_path.iterdir()] == ["version-000006.buckets"]
+    for one in (engine, kept.engines["first"]):
+        assert one.weight_version == 6
+        check_gap(kept.gap(one), FLOAT32, "after the push")
+
+
+def test_what_was_kept_is_checked_like_a_push(kept: Rig, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path) -> None:
+    path = tmp_path / "version-000005.buckets"
+    whole = path.read_bytes()
+
+    def refused(content: bytes) -> PushError:
+        path.write_bytes(content)
+        late = reference(hf_dir)
+        with pytest.raises(PushError) as caught:
+            kept.channel.bring("late", LocalPeer("late", late))
+        assert late.weight_version == IN_TRANSIT
+        return caught.value
+
+    damaged = refused(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert damaged.blames["late"].reason is PushFailure.CHECKSUM
+    assert damaged.alarm
+    short = refused(whole[:-1])
+    assert "ends after" in str(short)
+    assert not short.alarm
+    # Another push of this version: every bucket is sound, and none is what the learner sent.
+    other = rig({"engine": reference(hf_dir)})
+    (tmp_path / "other").mkdir()
+    other.channel.keep = tmp_path / "other"
+    other.channel.push(5)
+    assert "with other checksums" in str(refused((tmp_path / "other" / path.name).read_bytes()))
+    # Weights that are not those that the learner answered the probe with.
+    path.write_bytes(whole)
+    assert kept.channel.kept is not None
+    answer = kept.channel.kept.answer
+    wrong = dataclasses.replace(answer, logp=tuple(logp + 0.1 for logp in answer.logp))
+    kept.channel.kept = dataclasses.replace(kept.channel.kept, answer=wrong)
+    assert refused(whole).blames["late"].reason is PushFailure.PROBE
+
+
+def test_a_push_that_fails_leaves_nothing_behind(hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path) -> None:
+    one = rig({"engine": reference(hf_dir)}, test_fault=PushFault.FAIL_HALF_WAY)
+    one.channel.keep = tmp_path
+    with pytest.raises(PushError):
+        one.channel.push(1)
+    assert list(tmp_path.iterdir()) == []
+    assert one.channel.kept is None
+    one.channel.keep = tmp_path / "absent"
+    again = rig({"engine": reference(hf_dir)})
+    again.channel.keep = tmp_path / "absent"
+    with pytest.raises(PushError, match=r"learner \(error\): MoverError: .* so the push cannot be kept"):
+        again.channel.push(1)
 
 
 def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:

@@ -165,32 +165,62 @@ def test_the_shards_of_a_dead_engine_go_to_another(
     assert same_bits(small_fleet.generate(prompts, BEAM), whole)
 
 
+@pytest.fixture
+def channel(small_fleet: RolloutFleet, hf_dir: Path, catalogue: Catalogue) -> Iterator[WeightChannel]:
+    """To the small fleet, from its own initial weights."""
+    from transformers import AutoModelForCausalLM
+
+    source = ModuleSource(AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval())
+    yield WeightChannel(
+        settings=ChannelSettings(),
+        source=LocalPeer("learner", source),
+        engines={name: RayPeer(name, [actor]) for name, actor in small_fleet.engines.items()},
+        probe=item_probe([catalogue.tokens(item) for item in range(8)], bos=catalogue.vocabulary.bos),
+        dtype="float32",
+    )
+    source.close()
+
+
 def test_engines_are_brought_back_within_a_request(
-    small_fleet: RolloutFleet, catalogue: Catalogue, ray_here: Any
+    small_fleet: RolloutFleet, channel: WeightChannel, catalogue: Catalogue, ray_here: Any, tmp_path: Path
 ) -> None:
+    """Without the learner: out of what the last push left behind."""
     prompts = random_prompts(catalogue, [10] * 8)
     whole = small_fleet.generate(prompts, BEAM)
+    channel.keep = tmp_path
+    channel.push(0)
+    small_fleet.verified(small_fleet.incarnations(), 0)
+    channel.source = LocalPeer("learner", None)
+
+    def bring() -> None:
+        small_fleet.take_in()
+        for name in small_fleet.health.named(EngineState.STALE):
+            channel.bring(name, RayPeer(name, [small_fleet.engines[name]]))
+            small_fleet.joined(name, 0)
 
     def rejoin(failure: EngineFailure) -> None:
         for engine_id in small_fleet.health.named(EngineState.DEAD):
             small_fleet.relaunch(engine_id)
-        before = time.monotonic()
-        while small_fleet.joining:
-            assert small_fleet.recover() == []
-            assert time.monotonic() - before < 100
-        small_fleet.verified(small_fleet.incarnations(), 0)
+        assert small_fleet.recover() == []
+        bring()
 
-    small_fleet.rejoin = rejoin
+    small_fleet.rejoin, small_fleet.bring = rejoin, bring
     for engine_id in ("reference-0", "reference-1"):
         ray_here.kill(small_fleet.engines[engine_id])
     assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+    # Whoever came up later is verified before a request.
+    before = time.monotonic()
+    while small_fleet.joining:
+        assert same_bits(small_fleet.generate(prompts, BEAM), whole)
+        assert time.monotonic() - before < 100
+    assert small_fleet.health.named(EngineState.HEALTHY) == ["reference-0", "reference-1"]
+    small_fleet.rejoin = small_fleet.bring = None
 
     # Once there are pushes, a process that has only just come up is not asked.
     small_fleet.restart("reference-1")
     assert small_fleet.health.named(EngineState.STALE) == ["reference-1"]
     assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0"}
     small_fleet.verified(small_fleet.incarnations(), 0)
-    small_fleet.rejoin = None
 
 
 def test_the_shards_of_a_silent_engine_go_to_another(
@@ -245,10 +275,8 @@ def test_engines_join_and_leave(small_fleet: RolloutFleet, catalogue: Catalogue,
 
 
 def test_a_fleet_that_sleeps_is_asked_after_the_next_push(
-    small_fleet: RolloutFleet, hf_dir: Path, catalogue: Catalogue, ray_here: Any
+    small_fleet: RolloutFleet, channel: WeightChannel, catalogue: Catalogue, ray_here: Any
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     prompts = random_prompts(catalogue, [10] * 8)
     whole = small_fleet.generate(prompts, BEAM)
     lost = small_fleet.losses.copy()
@@ -258,18 +286,9 @@ def test_a_fleet_that_sleeps_is_asked_after_the_next_push(
     assert small_fleet.losses == lost, "falling asleep is no loss"
     with pytest.raises(RunError, match="asleep until the next push: the learners have their memory"):
         small_fleet.generate(prompts, BEAM)
-    source = ModuleSource(AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval())
-    channel = WeightChannel(
-        settings=ChannelSettings(),
-        source=LocalPeer("learner", source),
-        engines={name: RayPeer(name, [actor]) for name, actor in small_fleet.engines.items()},
-        probe=item_probe([catalogue.tokens(item) for item in range(8)], bos=catalogue.vocabulary.bos),
-        dtype="float32",
-    )
     assert channel.push(0).seconds["wake"] > 0
     small_fleet.verified(small_fleet.incarnations(), 0)
     assert same_bits(small_fleet.generate(prompts, BEAM), whole)
-    source.close()
 
 
 class LateFleet(RolloutFleet):

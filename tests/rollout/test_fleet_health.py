@@ -1,5 +1,6 @@
 """Contract: no sequence of events brings an engine to HEALTHY but a verified push of the fleet's version to this very
-incarnation; who is silent or does not come up is dead within its deadline; a replaced incarnation changes nothing.
+incarnation, or what that push left behind, verified; who is silent or does not come up is dead within its deadline; a
+replaced incarnation changes nothing.
 
 Model-based (hypothesis stateful) with a clock that also jumps back. Not checked here: engines (test_fleet.py).
 """
@@ -79,6 +80,14 @@ class FleetMachine(RuleBasedStateMachine):
         up = {n for n in names if n in self.health.named(EngineState.STALE, EngineState.HEALTHY)}
         self.health.pushed({n: self.current(n)[1] - back for n in names}, self.version, self.now)
         self.verified = {self.current(n): self.version for n in up} if back == 0 else {}
+
+    @rule(name=st.sampled_from(NAMES), back=st.integers(0, 1), older=st.integers(0, 1))
+    def join(self, name: str, back: int, older: int) -> None:
+        up = name in self.health.named(EngineState.STALE)
+        name, newest = self.current(name)
+        self.health.joined(name, newest - back, self.version - older, self.now)
+        if up and back == older == 0 and self.version >= 0:
+            self.verified[(name, newest)] = self.version
 
     @rule()
     def sleep(self) -> None:

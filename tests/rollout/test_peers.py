@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rollout.buckets import BucketError
-from rollout.channel import PushFailure, blame
 from rollout.peers import LocalPeer, PeerDied, RayPeer
+from rollout.push_failures import PushFailure, blame
 from tests.requirements import require
 
 

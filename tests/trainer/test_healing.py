@@ -1,5 +1,5 @@
 """Contract: before a push engines join and leave as was asked, dead ones are launched again or leave, and who is not up
-yet takes no part; only who took part may be asked afterwards.
+yet takes no part; only who took part may be asked afterwards, and who then took what the push left behind.
 
 Fleet and channel are stand-ins that keep books; the states are the real ones. Real engines: rollout/test_fleet.py,
 launch/test_status.py, launch/test_kill.py.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from data.errors import RunError
 from rollout.engine_calls import EngineFailure
 from rollout.fleet_health import EngineState, FleetHealth, LossReason
+from rollout.push_failures import Blame, PushError, PushFailure
 from trainer.healing import Healing
 from trainer.run_settings import ClusterSettings
 
@@ -31,6 +33,9 @@ class BookFleet:
     losses: Counter[LossReason] = field(default_factory=Counter)
     on_loss: Any = None
     rejoin: Any = None
+    bring: Any = None
+    arriving: set[str] = field(default_factory=set)
+    """Who is up by the time somebody looks."""
     made: int = 0
 
     def add(self) -> str:
@@ -57,6 +62,13 @@ class BookFleet:
         self.health.launched(name, 0.0)
         self.joining[name] = name
 
+    def take_in(self) -> None:
+        self.up(*self.arriving & self.joining.keys())
+        self.arriving.clear()
+
+    def joined(self, name: str, version: int) -> None:
+        self.health.joined(name, self.incarnations()[name], version, 0.0)
+
     def recover(self) -> list[str]:
         if self.joining and not self.health.named(EngineState.HEALTHY, EngineState.STALE):
             # Nobody is up: the real fleet waits for the first that joins.
@@ -79,7 +91,18 @@ class BookChannel:
 
     engines: dict[str, Any] = field(default_factory=dict)
     version: int | None = None
+    keeps: bool = False
     replace: Any = None
+    kept: Any = None
+    brought: list[str] = field(default_factory=list)
+    fails: dict[str, Blame] = field(default_factory=dict)
+    """Engines that the next `bring` fails at."""
+
+    def bring(self, name: str, peer: Any) -> None:
+        self.brought.append(name)
+        if name in self.fails:
+            raise PushError(self.kept.message.version, {name: self.fails.pop(name)})
+        self.adopt(name, peer)
 
     def adopt(self, name: str, peer: Any) -> None:
         self.engines[name] = peer
@@ -89,6 +112,7 @@ class BookChannel:
 
     def push(self, version: int) -> int:
         self.version = version
+        self.kept = SimpleNamespace(message=SimpleNamespace(version=version)) if self.keeps else None
         return version
 
 
@@ -97,6 +121,8 @@ class World:
     """Two engines that are up and have version 0."""
 
     wanted: int | None = None
+    learners_rest: bool = True
+    restarts: int = 1
     said: list[str] = field(default_factory=list)
     fleet: BookFleet = field(default_factory=BookFleet)
     channel: BookChannel = field(default_factory=BookChannel)
@@ -105,12 +131,12 @@ class World:
         names = [self.fleet.add(), self.fleet.add()]
         self.fleet.up(*names)
         self.channel.engines = dict.fromkeys(names)
-        settings = ClusterSettings(engine_restarts=1)
+        settings = ClusterSettings(engine_restarts=self.restarts)
         self.healing = Healing(
             settings,
             cast(Any, self.fleet),
             cast(Any, self.channel),
-            learners_rest=True,
+            learners_rest=self.learners_rest,
             say=self.said.append,
             wanted=lambda: self.wanted,
         )
@@ -188,3 +214,72 @@ def test_the_last_engine_at_which_a_push_fails_is_waited_for() -> None:
     # The window allows one restart; the next failure leaves nobody.
     with pytest.raises(EngineFailure, match="no engine is left"):
         world.channel.replace("e-0")
+
+
+def working(**more: Any) -> World:
+    """A world whose learners are at work; what the last push left is kept."""
+    return World(learners_rest=False, channel=BookChannel(keeps=True), **more)
+
+
+def lost(name: str) -> EngineFailure:
+    return EngineFailure(name, "died", LossReason.DIED)
+
+
+def test_who_comes_up_between_pushes_takes_what_the_last_one_left() -> None:
+    world = working()
+    world.wanted = 4
+    world.healing.push(1)
+    world.fleet.arriving = {"e-2"}
+    world.fleet.bring()
+    assert world.fleet.healthy() == ["e-0", "e-1", "e-2"]
+    assert world.fleet.health.may_serve("e-2", 1)
+    world.fleet.arriving = {"e-3"}
+    world.fleet.bring()
+    assert world.channel.brought == ["e-2", "e-3"], "once each"
+    world.healing.push(2)
+    assert sorted(world.channel.engines) == world.fleet.healthy() == ["e-0", "e-1", "e-2", "e-3"]
+
+
+def test_without_a_kept_push_newcomers_wait_for_the_next_one() -> None:
+    world = World(learners_rest=False)
+    world.wanted = 3
+    world.healing.push(1)
+    world.fleet.arriving = {"e-2"}
+    world.fleet.bring()
+    assert world.fleet.healthy() == ["e-0", "e-1"]
+    for name in ("e-0", "e-1"):
+        world.fleet.health.died(name, 0, LossReason.DIED, 0.0)
+    with pytest.raises(EngineFailure, match="e-1: died"):
+        world.fleet.rejoin(lost("e-1"))
+
+
+def test_losing_the_last_engine_while_learners_work_does_not_end_the_run() -> None:
+    world = working(restarts=4)
+    world.healing.push(7)
+    for name in ("e-0", "e-1"):
+        world.fleet.health.died(name, 0, LossReason.DIED, 0.0)
+    # The first one that comes up fails as well, for a reason of its own, and is launched once more.
+    world.channel.fails = {"e-0": Blame(reason=PushFailure.DIED, text="gone")}
+    world.fleet.rejoin(lost("e-1"))
+    assert world.channel.version == 7, "the learners pushed nothing"
+    assert world.channel.brought[0] == "e-0"
+    assert world.fleet.healthy()
+    assert all(world.fleet.health.may_serve(name, 7) for name in world.fleet.healthy())
+    assert world.fleet.losses == {LossReason.PUSH: 1}
+
+
+def test_weights_in_doubt_and_restarts_that_are_used_up_end_the_run() -> None:
+    world = working()
+    world.fleet.remove("e-1")
+    world.channel.leave("e-1")
+    world.fleet.health.died("e-0", 0, LossReason.DIED, 0.0)
+    world.channel.fails = {"e-0": Blame(reason=PushFailure.CHECKSUM, text="other bytes")}
+    with pytest.raises(PushError, match="other bytes"):
+        world.fleet.rejoin(lost("e-0"))
+    world = working()
+    world.fleet.remove("e-1")
+    world.channel.leave("e-1")
+    world.fleet.health.died("e-0", 0, LossReason.DIED, 0.0)
+    world.channel.fails = {"e-0": Blame(reason=PushFailure.ERROR, text="no file")}
+    with pytest.raises(EngineFailure, match="no engine is left"):
+        world.fleet.rejoin(lost("e-0"))
