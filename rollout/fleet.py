@@ -128,8 +128,7 @@ class RolloutFleet:
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": internals.environment(threads=settings.compute_threads)},
-            # The bundle of a pair has the number of the engine.
-            "scheduling_strategy": strategy(room, 0 if place.shared is None else int(engine_id.rpartition("-")[2])),
+            "scheduling_strategy": strategy(room, place.bundle_of(engine_id)),
         }
         self.health.launched(engine_id, time.monotonic())
         actor = ray.remote(engine_class(settings)).options(**options)

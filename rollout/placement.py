@@ -31,6 +31,8 @@ class Placement:
     shared: Any = None
     """Group of pairs; None reserves groups of one's own."""
     _own: dict[str, Any] = field(default_factory=dict)
+    _pair: dict[str, int] = field(default_factory=dict)
+    """Bundle of each actor that has a place in `shared`."""
 
     def bundle(self, *, cpus: float, gpus: float) -> dict[str, float]:
         """What Ray sets aside for one actor."""
@@ -48,8 +50,25 @@ class Placement:
             self._own[name] = reserve(name, bundles, deadline_s=self.deadline_s)
         return self._own[name]
 
+    def bundle_of(self, name: str) -> int:
+        """Number of the bundle of `name` in its group: its own among the pairs, which it keeps until `release`.
+
+        Raises:
+            RunError: every pair is taken.
+        """
+        if self.shared is None:
+            return 0
+        if name not in self._pair:
+            free = [index for index in range(self.shared.bundle_count) if index not in self._pair.values()]
+            if not free:
+                raise RunError(f"{name}: no room beside a learner rank, colocated: each of them has its engine")
+            self._pair[name] = free[0]
+        return self._pair[name]
+
     def release(self, name: str | None = None) -> None:
         """Give back the room of `name`, or all that was reserved here."""
+        for each in [name] if name is not None else list(self._pair):
+            self._pair.pop(each, None)
         for each in [name] if name is not None else list(self._own):
             group = self._own.pop(each, None)
             if group is not None:

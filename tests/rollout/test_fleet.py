@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -358,6 +359,16 @@ def test_room_is_reserved_within_a_deadline_and_given_back(ray_here: Any) -> Non
         Placement(node="far", deadline_s=0.5).reserve("other", [{"far": 0.001}])
     placement.release()
     Placement(deadline_s=20.0).reserve("more", [{"CPU": free}])
+
+
+def test_every_pair_has_one_engine_and_a_place_that_is_left_is_taken_again() -> None:
+    pairs = Placement(shared=SimpleNamespace(bundle_count=2))
+    assert [pairs.bundle_of(name) for name in ("e-0", "e-1", "e-0")] == [0, 1, 0]
+    with pytest.raises(RunError, match="e-2: no room beside a learner rank, colocated"):
+        pairs.bundle_of("e-2")
+    pairs.release("e-0")
+    assert pairs.bundle_of("e-2") == 0
+    assert Placement().bundle_of("e-7") == 0, "a group of its own has one bundle"
 
 
 @pytest.mark.parametrize(
