@@ -49,11 +49,11 @@ def follow(job: Followed, *, grace_s: float, clock: Callable[[], float] = time.m
     stopped: float | None = None
     with Interruption() as interruption:
         while True:
-            if interruption.requested and stopped is None:
-                stopped = clock()
-                job.stop()
-                print("asked the job to end at its next step boundary; waiting for it", file=sys.stderr)
             try:
+                if interruption.requested and stopped is None:
+                    job.stop()
+                    stopped = clock()
+                    print("asked the job to end at its next step boundary; waiting for it", file=sys.stderr)
                 code = job.exit_code()
                 print(job.output(), end="", flush=True)
                 answered = clock()

@@ -7,6 +7,8 @@ Not checked here: that jobs run (test_ray_job.py, test_slurm_job.py); a Kubernet
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,33 @@ def test_following(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     monkeypatch.setattr("launch.submission.following.POLL_S", 0.0)
     assert follow(FakeJob(), grace_s=1) == 7
     assert capsys.readouterr().out == "line 2\nline 3\n"
+
+
+class StoppedJob(FakeJob):
+    """A job that somebody wants to end, whose scheduler misses the first request to stop it."""
+
+    stops = 0
+
+    def exit_code(self) -> int | None:
+        if not self.stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+        return 0
+
+    def stop(self) -> None:
+        self.stops += 1
+        if self.stops == 1:
+            raise ConnectionError("away")
+
+
+def test_a_stop_that_the_scheduler_missed_is_sent_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.submission.following.POLL_S", 0.0)
+    job = StoppedJob()
+    assert follow(job, grace_s=1) == 0
+    assert job.stops == 2
+    assert capsys.readouterr().err.count("asked the job to end") == 1
 
 
 def test_the_hook_of_a_pod_ends_commands_alone(tmp_path: Path) -> None:
