@@ -36,12 +36,11 @@ class Exported:
     """Labels besides `run`."""
 
 
+PHASE = "windlass_phase_seconds"
 METRICS: dict[str, Exported] = {
     "windlass_step": Exported(kind=Kind.GAUGE, description="Steps that are done"),
     "windlass_weight_version": Exported(kind=Kind.GAUGE, description="Version that the fleet holds"),
-    "windlass_phase_seconds": Exported(
-        kind=Kind.GAUGE, description="Seconds of the last step, by phase", tags=("phase",)
-    ),
+    PHASE: Exported(kind=Kind.GAUGE, description="Seconds of the last step, by phase", tags=("phase",)),
     "windlass_tokens_per_second": Exported(kind=Kind.GAUGE, description="Tokens of the last step by its seconds"),
     "windlass_busy_share": Exported(
         kind=Kind.GAUGE, description="Share of the last step that a part worked", tags=("part",)
@@ -96,7 +95,7 @@ def samples(step: int, metrics: Mapping[str, Any]) -> list[Sample]:
         "push/mib": "windlass_push_mib",
     }
     several = {
-        "time/": ("windlass_phase_seconds", "phase"),
+        "time/": (PHASE, "phase"),
         "perf/busy/": ("windlass_busy_share", "part"),
         "queue/": ("windlass_queue_length", "queue"),
         "policy_gap/": ("windlass_policy_gap", "statistic"),
@@ -145,6 +144,7 @@ class RunGauges:
 
         self._run = run
         self._metrics: dict[str, Any] = {}
+        self._phases: set[tuple[tuple[str, str], ...]] = set()
         self._told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for name, exported in METRICS.items():
             tags = ("run", *exported.tags)
@@ -159,6 +159,10 @@ class RunGauges:
     def record(self, step: int, metrics: Mapping[str, Any], fleet: RolloutFleet | None, restarts: int) -> None:
         """Export the metrics of a step."""
         gauges = samples(step, metrics)
+        phases = {sample.tags for sample in gauges if sample.name == PHASE}
+        # A gauge keeps its value: a phase that this step did not have would go on as if it had.
+        gauges += [Sample(name=PHASE, value=0.0, tags=tags) for tags in sorted(self._phases - phases)]
+        self._phases |= phases
         if fleet is not None:
             states = fleet.health.counts()
             gauges += [

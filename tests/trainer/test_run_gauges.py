@@ -57,6 +57,25 @@ def test_samples_of_a_step() -> None:
         assert [tag for tag, _ in sample.tags] == list(METRICS[sample.name].tags)
 
 
+class Notes:
+    """A fake of one of Ray's metrics: the last value by phase."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.last[tags["phase"]] = value
+
+
+def test_a_phase_that_a_step_did_not_have_took_no_time() -> None:
+    require("ray")
+    gauges, notes = RunGauges("mine"), Notes()
+    gauges._metrics["windlass_phase_seconds"] = notes
+    for step, phases in enumerate(({"time/update": 2.0, "time/evaluate": 9.0}, {"time/update": 1.0})):
+        gauges.record(step, phases, None, 0)
+    assert notes.last == {"update": 1.0, "evaluate": 0.0}
+
+
 def test_the_dashboard_shows_what_there_is() -> None:
     dashboard = json.loads((ROOT / "launch" / "templates" / "grafana.json").read_text())
     words = json.dumps(dashboard["panels"])
