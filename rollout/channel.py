@@ -49,7 +49,8 @@ class ChannelSettings(Settings):
     """How new weights reach the rollout engines."""
 
     mover: MoverKind = MoverKind.SHARED_MEMORY
-    """`shared_memory` (one host), `file` or `gloo` (CPU, several hosts), `nccl` (GPUs), `cuda_ipc` (GPUs, one host)."""
+    """`shared_memory` (one host), `file` or `gloo` (CPU, several hosts), `nccl` or `vllm_nccl` (GPUs; the second by
+    vLLM's communicator), `cuda_ipc` (GPUs, one host)."""
     bucket_mib: float = Field(32.0, gt=0, le=4096)
     """Size of the packed buckets; `slots` of them are in flight."""
     slots: int = Field(2, ge=1, le=16)
@@ -66,7 +67,7 @@ class ChannelSettings(Settings):
     """Whether the last push stays in a file of the run directory, so that an engine that comes up later is brought to
     the version at once: auto (with max_staleness above 0), always or never. It has the size of the weights."""
     host: str | None = None
-    """Address of the learner's first rank, seen by all engines (gloo and nccl); none takes what Ray knows."""
+    """Address of the learner's first rank, seen by all engines (gloo and both nccl); none takes what Ray knows."""
     test_fault: PushFault = PushFault.NONE
     """Test-only: what goes wrong."""
     test_fault_version: int = Field(1, ge=0)

@@ -1,8 +1,8 @@
-"""Movers built on a process group of their own: gloo on CPU, NCCL on GPUs.
+"""Movers built on a process group of their own: gloo on CPU, NCCL on GPUs, by torch or by vLLM.
 
 The group has the sender as rank 0 and the receivers behind it; a bucket is one broadcast. Rendezvous and the exchange
 of errors go through a TCP store that the sender holds, so the default group of the process (the learner's, vLLM's)
-stays out of it. NCCL shares everything here but the constructor of the group.
+stays out of it. Both NCCLs share everything here but the constructor of the group.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from rollout.movers import (
+    CARD_TO_CARD,
     BucketReceiver,
     BucketSender,
     Deadline,
@@ -36,7 +37,7 @@ _ERROR_POLL_S = 0.05
 
 
 def _process_group(endpoint: Endpoint, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    """The last call: a gloo or NCCL group outside torch's global registry."""
+    """The last call: a gloo or NCCL group outside torch's global registry, or vLLM's."""
     if endpoint.kind is MoverKind.GLOO:
         gloo: Any = dist.ProcessGroupGloo
         gloo_options = gloo._Options()
@@ -44,6 +45,10 @@ def _process_group(endpoint: Endpoint, store: Any, rank: int, size: int, timeout
         # By default gloo listens where this host's name leads, which on many systems is the loopback address.
         gloo_options._devices = [gloo.create_device(hostname=address_towards(endpoint.address.rpartition(":")[0]))]
         return gloo(store, rank, size, gloo_options)
+    if endpoint.kind is MoverKind.VLLM_NCCL:
+        from rollout.vllm_nccl import VllmNcclGroup
+
+        return VllmNcclGroup(store, rank, size, torch.device("cuda", torch.cuda.current_device()))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
@@ -162,7 +167,7 @@ class _Group:
         """End the group; pending operations of the others fail."""
         holder, self._group, self._store = [self._group], None, None
         if self._pending and holder[0] is not None:
-            if self._endpoint.kind is MoverKind.NCCL:
+            if self._endpoint.kind in CARD_TO_CARD:
                 holder[0].abort()
             # gloo cannot abandon an operation: its group waits for the operation's own timeout when it is freed.
             threading.Thread(target=holder.clear, name="windlass-gloo-end", daemon=True).start()
@@ -172,7 +177,7 @@ class CollectiveSender(BucketSender):
     """Rank 0 of the group; holds the store."""
 
     def __init__(self, request: MoverRequest) -> None:
-        self._device = "cuda" if request.kind is MoverKind.NCCL else "cpu"
+        self._device = "cuda" if request.kind in CARD_TO_CARD else "cpu"
         store = _TCPStore(
             request.host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), multi_tenant=False
         )
@@ -224,7 +229,7 @@ class CollectiveReceiver(BucketReceiver):
 
     def __init__(self, endpoint: Endpoint, *, rank: int, device: str, deadline: Deadline) -> None:
         host, _, port = endpoint.address.rpartition(":")
-        self._device = device if endpoint.kind is MoverKind.NCCL else "cpu"
+        self._device = device if endpoint.kind in CARD_TO_CARD else "cpu"
         self._rank = rank
         self._taken = 0
         try:

@@ -2,8 +2,8 @@
 
 A mover carries opaque buffers of known size, in order, from one sender to every receiver. It knows nothing of tensors
 or checksums, so all movers pass one contract test, and the ones that need a GPU differ from a tested one in the last
-call only: CUDA IPC from shared memory in where a slot lies (`rollout.ring_movers`), NCCL from gloo in the process group
-(`rollout.collective_movers`).
+call only: CUDA IPC from shared memory in where a slot lies (`rollout.ring_movers`), NCCL, torch's or vLLM's, from gloo
+in the process group (`rollout.collective_movers`).
 
 The contract: every call ends before its deadline, with the data or with an exception; an error told by `fail` comes
 up at the other side as `PeerError` with its text; a side that falls silent comes up as `MoverTimeout`; nothing is left
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.errors import RequestError, RunError
@@ -35,8 +36,18 @@ class MoverKind(StrEnum):
     """TCP between hosts, CPU tensors."""
     NCCL = "nccl"
     """Between GPUs of one or several hosts."""
+    VLLM_NCCL = "vllm_nccl"
+    """The same by the communicator of vLLM's own weight transfer."""
     CUDA_IPC = "cuda_ipc"
     """Between processes that share one GPU, or GPUs of one host with peer access."""
+
+
+COLLECTIVES = (MoverKind.GLOO, MoverKind.NCCL, MoverKind.VLLM_NCCL)
+"""Built on a process group."""
+CARD_TO_CARD = (MoverKind.NCCL, MoverKind.VLLM_NCCL)
+"""Need a card of its own for every process."""
+ON_CARDS = (*CARD_TO_CARD, MoverKind.CUDA_IPC)
+"""Need CUDA on both sides."""
 
 
 class MoverError(RunError):
@@ -63,7 +74,7 @@ class MoverRequest:
     slots: int = 2
     """Buckets in flight; two overlap packing with loading."""
     host: str = "127.0.0.1"
-    """Address of the sender that the receivers can reach (gloo, nccl)."""
+    """Address of the sender that the receivers can reach (collectives)."""
     folder: str = ""
     """Folder of the file mover."""
 
@@ -146,10 +157,16 @@ class BucketReceiver(ABC):
 
 
 def open_sender(request: MoverRequest) -> BucketSender:
-    """Open the sending end, in the process that holds the weights. Does not wait for receivers."""
+    """Open the sending end, in the process that holds the weights. Does not wait for receivers.
+
+    Raises:
+        RequestError: no receivers, or a mover that needs CUDA where there is none.
+    """
     if not request.receivers:
         raise RequestError("receivers of a weight push", "none", "at least one engine")
-    if request.kind in (MoverKind.GLOO, MoverKind.NCCL):
+    if request.kind in ON_CARDS and not torch.cuda.is_available():
+        raise RequestError("weights.mover", request.kind.value, "shared_memory, file or gloo where there is no CUDA")
+    if request.kind in COLLECTIVES:
         from rollout.collective_movers import CollectiveSender
 
         return CollectiveSender(request)
@@ -166,7 +183,7 @@ def open_receiver(endpoint: Endpoint, *, rank: int, device: str, deadline: Deadl
     """
     if not 0 <= rank < endpoint.receivers:
         raise RequestError("rank of a receiver", rank, f"0 to {endpoint.receivers - 1}")
-    if endpoint.kind in (MoverKind.GLOO, MoverKind.NCCL):
+    if endpoint.kind in COLLECTIVES:
         from rollout.collective_movers import CollectiveReceiver
 
         return CollectiveReceiver(endpoint, rank=rank, device=device, deadline=deadline)

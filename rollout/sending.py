@@ -15,7 +15,7 @@ from data.faults import fault_point
 from data.records import FloatArray
 from rollout.buckets import TensorSpec, describe_module, pack
 from rollout.kept_push import KeptWriter
-from rollout.movers import BucketSender, Deadline, Endpoint, MoverKind, MoverRequest, open_sender
+from rollout.movers import ON_CARDS, BucketSender, Deadline, Endpoint, MoverRequest, open_sender
 from rollout.probe import Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 
@@ -54,7 +54,7 @@ class Outbox:
         sender = self._sender
         if sender is None or sender.endpoint != message.endpoint:
             raise ValueError("the message names an endpoint that this outbox has not opened")
-        on_gpu = sender.endpoint.kind in (MoverKind.NCCL, MoverKind.CUDA_IPC)
+        on_gpu = sender.endpoint.kind in ON_CARDS
         checksums = []
         kept = None
         try:

@@ -65,6 +65,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.distributed.weight_transfer.base.WeightTransferInitInfo": (),
     "vllm.distributed.weight_transfer.base.WeightTransferUpdateInfo": (),
     "vllm.distributed.weight_transfer.factory.WeightTransferEngineFactory": ("register_engine", "_registry"),
+    "vllm.distributed.device_communicators.pynccl.PyNcclCommunicator": (
+        "from_unique_id_bytes",
+        "broadcast",
+        "destroy",
+    ),
+    "vllm.distributed.device_communicators.pynccl_wrapper.NCCLLibrary": ("ncclGetUniqueId",),
+    "vllm.distributed.device_communicators.pynccl_wrapper.ncclUniqueId": ("internal",),
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": (),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": (),
     "vllm.model_executor.layers.quantization.base_config.QuantizeMethodBase": ("process_weights_after_loading",),
@@ -247,6 +254,20 @@ def register_weight_transfer(backend: str, engine: type) -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     WeightTransferEngineFactory.register_engine(backend, engine)
+
+
+def nccl_unique_id() -> bytes:
+    """The id of a new group, which every rank must get."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    return bytes(NCCLLibrary().ncclGetUniqueId().internal)
+
+
+def nccl_communicator(unique_id: bytes, rank: int, size: int, device: torch.device) -> Any:
+    """The communicator of vLLM's own `nccl` weight transfer; all ranks must call at once."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+    return PyNcclCommunicator.from_unique_id_bytes(unique_id, rank=rank, world_size=size, device=device)
 
 
 def initialize_layerwise_reload(model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import RequestError
+from rollout.movers import CARD_TO_CARD, ON_CARDS
 from rollout.placement import SLIVER
 from trainer.jobs import RlJob, SftJob
 from trainer.settings import Device
@@ -78,10 +79,30 @@ class Plan:
         return "\n".join(lines)
 
 
+def learns_on_cards(job: SftJob | RlJob, *, on_gpus: bool) -> bool:
+    """Whether a learner takes a GPU: where there are enough (`on_gpus`), unless it is set to the CPU."""
+    return job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus)
+
+
+def check_mover(job: SftJob | RlJob, *, on_gpus: bool) -> None:
+    """Refuse a mover of weights that engines and learners cannot use where they are.
+
+    Raises:
+        RequestError: names those that they can.
+    """
+    mover, rollout = job.weights.mover, job.rollout
+    on_cpu = "shared_memory, file or gloo"
+    if mover in ON_CARDS and not (rollout.gpus and learns_on_cards(job, on_gpus=on_gpus)):
+        legal = f"{on_cpu}, unless both learners and engines (rollout.gpus) have GPUs"
+        raise RequestError("weights.mover", mover.value, legal)
+    if mover in CARD_TO_CARD and (job.cluster.colocated or rollout.gpus < 1 or job.learner.gpus < 1):
+        legal = f"cuda_ipc, {on_cpu} where processes share a GPU: NCCL wants one for each"
+        raise RequestError("weights.mover", mover.value, legal)
+
+
 def asks(job: SftJob | RlJob, *, with_fleet: bool, on_gpus: bool) -> list[Ask]:
-    """What the parts of a job ask for; a learner takes a GPU where there are some, unless it is set to the CPU."""
-    on_card = job.learner.device is Device.CUDA or (job.learner.device is Device.AUTO and on_gpus)
-    learner_gpus = job.learner.gpus * on_card
+    """What the parts of a job ask for."""
+    learner_gpus = job.learner.gpus * learns_on_cards(job, on_gpus=on_gpus)
     engines, cluster = job.rollout.engines * with_fleet, job.cluster
     wanted: list[Ask] = []
     if cluster.colocated and with_fleet:
@@ -158,7 +179,7 @@ def check_cluster(job: SftJob | RlJob, *, with_fleet: bool) -> Plan:
     """Wait until the connected cluster has what the job asks for; at most `cluster.preflight_deadline_s`.
 
     Raises:
-        RequestError: names the missing amount.
+        RequestError: names the missing amount, or a mover that does not fit.
     """
     deadline = time.monotonic() + (job.cluster.preflight_deadline_s if job.cluster.joins else 0.0)
     while True:
@@ -166,6 +187,8 @@ def check_cluster(job: SftJob | RlJob, *, with_fleet: bool) -> Plan:
         on_gpus = sum(node.gpus for node in nodes) >= job.learner.ranks * job.learner.gpus
         plan = deal(asks(job, with_fleet=with_fleet, on_gpus=on_gpus), nodes)
         if plan.fits:
+            if with_fleet:
+                check_mover(job, on_gpus=on_gpus)
             return plan
         if time.monotonic() >= deadline:
             raise missing(plan)

@@ -25,11 +25,12 @@ from launch.bench.models import BenchModel, bench_model
 from launch.bench.settings import BenchSettings, Device
 from rollout.buckets import HEADER_BYTES, as_bytes, checksum, plan_buckets
 from rollout.channel import LOOPBACK, ChannelSettings
-from rollout.movers import MoverKind, MoverRequest
+from rollout.movers import CARD_TO_CARD, ON_CARDS, MoverKind, MoverRequest
 from rollout.receiving import ModuleInbox, PushMessage
 from rollout.sending import ModuleSource
 
-GPU_MOVERS: Final = (MoverKind.NCCL, MoverKind.CUDA_IPC)
+GPU_MOVERS: Final = tuple(kind for kind in ON_CARDS if kind not in CARD_TO_CARD)
+"""Both processes are on one card, which NCCL refuses."""
 
 
 class SyncBench(BenchSettings):
@@ -47,7 +48,7 @@ class SyncBench(BenchSettings):
             RequestError: an unknown mover, or one of the other device.
         """
         gpu = self.device is Device.CUDA
-        possible = tuple(kind for kind in MoverKind if (kind in GPU_MOVERS) == gpu)
+        possible = GPU_MOVERS if gpu else tuple(kind for kind in MoverKind if kind not in ON_CARDS)
         named = [name.strip() for name in self.movers.split(",") if name.strip()]
         for name in named:
             if name not in [kind.value for kind in possible]:

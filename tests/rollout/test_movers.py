@@ -1,7 +1,7 @@
 """Contract of every CPU mover: buffers arrive in order and unchanged at all receivers, whatever their sizes and number;
 an error told by one side comes up at the others; silence ends at the deadline; nothing is left behind.
 
-Not covered: the last calls of NCCL and CUDA IPC (they need a GPU); several hosts.
+Not covered: the last calls of both NCCLs and of CUDA IPC (they need a GPU); several hosts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from data.errors import RequestError
+from rollout import vllm_internals
 from rollout.movers import (
+    ON_CARDS,
     BucketReceiver,
     BucketSender,
     Deadline,
@@ -35,6 +38,7 @@ from rollout.movers import (
     open_receiver,
     open_sender,
 )
+from rollout.vllm_nccl import VllmNcclGroup
 
 CPU_MOVERS = (MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO)
 BUFFER = 1 << 12
@@ -87,6 +91,64 @@ def send_many(sender: BucketSender, count: int, deadline: Deadline) -> None:
     for _ in range(count):
         sender.send(torch.zeros(BUFFER, dtype=torch.uint8), deadline)
     sender.finish(deadline)
+
+
+@pytest.mark.parametrize("kind", ON_CARDS)
+def test_movers_of_cards_are_refused_without_cuda(kind: MoverKind) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(RequestError, match=rf"weights\.mover: {kind.value}; legal: shared_memory, file or gloo where"):
+        open_sender(MoverRequest(kind=kind, receivers=("engine",), buffer_bytes=BUFFER))
+
+
+class FakeCommunicator:
+    """vLLM's communicator without a card: keeps what it was made of and what it was asked for."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.made_of = made_of
+        self.asked: list[Any] = []
+
+    def broadcast(self, tensor: torch.Tensor, *, src: int, stream: Any) -> None:
+        self.asked.append((tensor, src, stream))
+
+    def destroy(self) -> None:
+        self.asked.append("destroy")
+
+
+class FakeStream:
+    """A stream that keeps what it waited for."""
+
+    def __init__(self, _: object = None) -> None:
+        self.waited: list[str] = []
+
+    def wait_stream(self, other: str) -> None:
+        self.waited.append(other)
+
+    def record_event(self) -> Any:
+        return SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+
+
+def test_vllms_communicator_gets_one_id_and_waits_for_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter([bytes(range(128))])
+    monkeypatch.setattr(vllm_internals, "nccl_unique_id", lambda: next(ids))
+    monkeypatch.setattr(vllm_internals, "nccl_communicator", FakeCommunicator)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "present")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    theirs = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False)
+    device = torch.device("cpu")
+    late = in_thread(lambda: VllmNcclGroup(theirs, 1, 2, device))
+    groups: list[Any] = [VllmNcclGroup(store, 0, 2, device), late.result(20)]
+    made_of = [group._communicator.made_of for group in groups]
+    assert made_of == [(bytes(range(128)), rank, 2, device) for rank in (0, 1)]
+    buffer = torch.zeros(4, dtype=torch.uint8)
+    work = groups[0].broadcast([buffer], SimpleNamespace(rootRank=0))
+    assert work.is_completed()
+    work.wait()
+    groups[0].abort()
+    stream = groups[0]._stream
+    assert stream.waited == ["present"]
+    assert groups[0]._communicator.asked == [(buffer, 0, stream), "destroy"]
 
 
 @pytest.mark.parametrize("receivers", [1, 3])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data.errors import RequestError
 from tests.small_world import recipe
 from trainer.jobs import RlJob
-from trainer.preflight import Ask, Node, asks, check_heads, deal, missing
+from trainer.preflight import Ask, Node, asks, check_heads, check_mover, deal, missing
 
 GPU_NODE = Node(address="gpu", cpus=16, gpus=4, marks=frozenset({"fast"}))
 CPU_NODE = Node(address="cpu", cpus=8, gpus=0)
@@ -122,6 +122,22 @@ def test_no_node_gets_more_than_it_has(wanted: list[Ask], nodes: list[Node]) -> 
 def test_pairs_that_cannot_be(sections: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError, match=told.replace(".", r"\.")):
         job(**sections, cluster={"colocated": True})
+
+
+@pytest.mark.parametrize("mover", ["nccl", "vllm_nccl", "cuda_ipc"])
+def test_movers_of_cards_need_cards(mover: str) -> None:
+    weights, cards = {"weights": {"mover": mover}}, {"rollout": {"gpus": 1}}
+    check_mover(job(**weights, **cards), on_gpus=True)
+    for refused, on_gpus in ((job(**weights), True), (job(**weights, **cards), False)):
+        with pytest.raises(RequestError, match=rf"weights\.mover: {mover}; legal: shared_memory, file or gloo, unless"):
+            check_mover(refused, on_gpus=on_gpus)
+    shared = job(**weights, rollout={"gpus": 0.5}, learner={"gpus": 0.5}, cluster={"colocated": True})
+    if mover == "cuda_ipc":
+        check_mover(shared, on_gpus=True)
+    else:
+        with pytest.raises(RequestError, match=r"legal: cuda_ipc, .*NCCL wants one for each"):
+            check_mover(shared, on_gpus=True)
+    check_mover(job(), on_gpus=False)
 
 
 def test_workers_must_divide_the_heads(tmp_path: Path) -> None:
