@@ -23,8 +23,9 @@ from rollout.engine_calls import EngineFailure
 from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState, LossReason
 from rollout.peers import Peer, RayPeer
-from rollout.push_failures import PushError
+from rollout.push_failures import PushError, PushFailure
 from trainer.failure_policy import Action, Failure, Part, Situation, decide
+from trainer.rank_group import LearnerLost
 from trainer.run_settings import ClusterSettings
 
 
@@ -60,11 +61,19 @@ class Healing:
 
         Raises:
             PushError: see `WeightChannel.push`.
+            LearnerLost: it failed because a learner died or fell silent.
             EngineFailure: no engine is left.
         """
         self._scale()
         self._settle()
-        report = self.channel.push(version)
+        try:
+            report = self.channel.push(version)
+        except PushError as error:
+            # Also when the fleet asks for a push in the midst of a request: the learners' loss is found out here.
+            blame = error.blames.get(self.channel.source.name)
+            if blame is not None and blame.reason in (PushFailure.DIED, PushFailure.TIMEOUT):
+                raise LearnerLost(str(error)) from error
+            raise
         self._known = self._up()
         self.fleet.verified({name: self._known[name] for name in self.channel.engines}, version)
         return report

@@ -21,14 +21,13 @@ from reward.names import RankingMetric, at
 from rollout.channel import PushReport
 from rollout.fleet import RolloutFleet
 from rollout.placement import Placement, pairs, remove
-from rollout.push_failures import PushError, PushFailure
 from trainer.checkpoints import CheckpointStore, check_own, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.healing import Healing
 from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
-from trainer.learner_group import LearnerGroup, LearnerLost
+from trainer.learner_group import LearnerGroup
 from trainer.list_evaluation import ListEvaluation, ListEvaluator
 from trainer.lora import live_adapter
 from trainer.policy_data import PolicyData
@@ -94,13 +93,7 @@ class PolicyRun:
             return {}
         if self.started_fleet.asleep:
             self.learners.give_memory()
-        try:
-            report = self.healing.push(version)
-        except PushError as error:
-            blame = error.blames.get(self.learners.source.name)
-            if blame is not None and blame.reason in (PushFailure.DIED, PushFailure.TIMEOUT):
-                raise LearnerLost(str(error)) from error
-            raise
+        report = self.healing.push(version)
         self.versions.append(version)
         return push_metrics(report)
 

@@ -19,6 +19,7 @@ from rollout.engine_calls import EngineFailure
 from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from rollout.push_failures import Blame, PushError, PushFailure
 from trainer.healing import Healing
+from trainer.rank_group import LearnerLost
 from trainer.run_settings import ClusterSettings
 
 
@@ -92,6 +93,9 @@ class BookChannel:
     engines: dict[str, Any] = field(default_factory=dict)
     version: int | None = None
     keeps: bool = False
+    source: Any = field(default_factory=lambda: SimpleNamespace(name="learner"))
+    blames: dict[str, Blame] = field(default_factory=dict)
+    """Whom every push fails at."""
     replace: Any = None
     kept: Any = None
     brought: list[str] = field(default_factory=list)
@@ -111,6 +115,8 @@ class BookChannel:
         self.engines.pop(name, None)
 
     def push(self, version: int) -> int:
+        if self.blames:
+            raise PushError(version, self.blames)
         self.version = version
         self.kept = SimpleNamespace(message=SimpleNamespace(version=version)) if self.keeps else None
         return version
@@ -214,6 +220,19 @@ def test_the_last_engine_at_which_a_push_fails_is_waited_for() -> None:
     # The window allows one restart; the next failure leaves nobody.
     with pytest.raises(EngineFailure, match="no engine is left"):
         world.channel.replace("e-0")
+
+
+@pytest.mark.parametrize("reason", [PushFailure.DIED, PushFailure.TIMEOUT, PushFailure.ERROR])
+def test_learners_that_are_lost_are_named_also_in_the_midst_of_a_request(reason: PushFailure) -> None:
+    world = World()
+    world.channel.blames = {"learner": Blame(reason=reason, text="gone"), "e-0": Blame(reason=reason, text="waits")}
+    expected = PushError if reason is PushFailure.ERROR else LearnerLost
+    with pytest.raises(expected, match="gone"):
+        world.healing.push(1)
+    for name in ("e-0", "e-1"):
+        world.fleet.health.died(name, 0, LossReason.DIED, 0.0)
+    with pytest.raises(expected, match="gone"):
+        world.fleet.rejoin(lost("e-1"))
 
 
 def working(**more: Any) -> World:
