@@ -1,13 +1,20 @@
-"""A run folder as a finished job leaves it, with invented numbers."""
+"""A run folder as a finished job leaves it, with invented numbers; and commands that share a process and a cluster."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
+
+from launch.cli import run
+from tests.requirements import require
 
 CUTOFFS = (1, 3, 5, 10, 20, 50)
 STAGES = ("popularity", "cooccurrence", "sasrec", "sft", "sft_continued", "rl")
@@ -79,3 +86,28 @@ def finished_run(tmp_path: Path) -> Path:
     entry = {"commit": "0123456789abcdef", "dirty": True, "hardware": {"cores": 2, "processor": "a CPU", "cards": []}}
     (run / "environment.json").write_text(json.dumps([entry]))
     return run
+
+
+class Here(Protocol):
+    """Runs a command line in this process, as `tests.small_world.windlass` does in one of its own."""
+
+    def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """The exit code and what was said."""
+        ...
+
+
+@pytest.fixture(scope="module")
+def windlass_here() -> Iterator[Here]:
+    """Commands that share this process and one Ray, whose starts are most of a small evaluation."""
+    require("ray")
+    from launch.cluster import cluster
+    from trainer.run_settings import ClusterSettings
+
+    def here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        said, complained = io.StringIO(), io.StringIO()
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            code = run(arguments)
+        return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+    with cluster(ClusterSettings(object_store_mib=128)):
+        yield here

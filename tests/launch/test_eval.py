@@ -20,8 +20,8 @@ from data.dataset import Dataset
 from data.errors import RequestError
 from data.feedback import PropensityKind, single_item_log, write_feedback
 from launch.provenance import ROOT
-from tests.requirements import require
-from tests.small_world import windlass, write_dataset
+from tests.launch.conftest import Here
+from tests.small_world import write_dataset
 from tests.tiny_model import write_tiny_model
 from trainer.checkpoint_evaluation import exposure_log
 from trainer.evaluation import sample_rows
@@ -63,13 +63,12 @@ def write_log(folder: Path, dataset: Dataset, logp0: float = -1.0) -> None:
     write_feedback(folder, log.table)
 
 
-def test_eval_answers_with_every_measure(world: tuple[Dataset, Path], tmp_path: Path) -> None:
-    require("ray")
+def test_eval_answers_with_every_measure(windlass_here: Here, world: tuple[Dataset, Path], tmp_path: Path) -> None:
     dataset, model = world
     write_log(tmp_path / "log", dataset)
     k = ("--k", "1", "5", "10")
     asked = ("--scores.rows", "16", "--scores.negatives", "8", "--feedback", "log", "--rows", "24")
-    done = windlass(
+    done = windlass_here(
         *("eval", str(model), "--data", str(dataset.path), *k, *asked, *ENGINE, "--json", "a.json"), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -92,8 +91,9 @@ def test_eval_answers_with_every_measure(world: tuple[Dataset, Path], tmp_path: 
     assert "1 positive log propensity" in done.stdout
 
 
-def test_differences_to_another_evaluation_of_the_rows(world: tuple[Dataset, Path], tmp_path: Path) -> None:
-    require("ray")
+def test_differences_to_another_evaluation_of_the_rows(
+    windlass_here: Here, world: tuple[Dataset, Path], tmp_path: Path
+) -> None:
     dataset, model = world
     rows = sample_rows(len(dataset.samples("test")), 8, 0)
     users = dataset.samples("test").user_id_N[rows]
@@ -107,14 +107,16 @@ def test_differences_to_another_evaluation_of_the_rows(world: tuple[Dataset, Pat
     )
     write_row_metrics(tmp_path / "run", base)
     asked = ("--k", "10", "--rows", "8", "--scores.rows", "0", "--unconstrained-rows", "0", "--base", "run:never")
-    done = windlass("eval", str(model), "--data", str(dataset.path), *asked, *ENGINE, "--json", "a.json", cwd=tmp_path)
+    done = windlass_here(
+        "eval", str(model), "--data", str(dataset.path), *asked, *ENGINE, "--json", "a.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads((tmp_path / "a.json").read_text())
     schema = json.loads((ROOT / "docs" / "schemas" / "eval.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(answer)
     assert answer["differences"]["hr@10"]["mean"] == pytest.approx(answer["metrics"]["hr@10"])
     assert answer["base"] == "run:never"
-    other = windlass("eval", str(model), "--data", str(dataset.path), *asked, "--seed", "1", *ENGINE, cwd=tmp_path)
+    other = windlass_here("eval", str(model), "--data", str(dataset.path), *asked, "--seed", "1", *ENGINE, cwd=tmp_path)
     assert other.returncode == 2
     assert "the 8 rows of test that --rows and --seed choose" in other.stderr
 

@@ -20,8 +20,9 @@ from data.dataset import Dataset
 from launch.cli import run
 from launch.provenance import ROOT
 from reward.popularity import PopularityRanker
+from tests.launch.conftest import Here
 from tests.requirements import require
-from tests.small_world import windlass, write_dataset
+from tests.small_world import write_dataset
 from tests.tiny_model import write_tiny_model
 from trainer.list_data import list_catalogue
 from trainer.list_settings import ListSettings
@@ -50,11 +51,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
     return dataset, model
 
 
-def ask(world: tuple[Dataset, Path], cwd: Path, *arguments: str) -> dict[str, Any]:
+def ask(here: Here, world: tuple[Dataset, Path], cwd: Path, *arguments: str) -> dict[str, Any]:
     """The checked answer of an evaluation."""
     dataset, model = world
     places = ("eval", str(model), "--data", str(dataset.path), "--lists", "--rows", "10", "--k", "5", "10", "50")
-    done = windlass(*places, *arguments, "--json", "a.json", cwd=cwd)
+    done = here(*places, *arguments, "--json", "a.json", cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "invalid lists: 0.0000" in done.stdout
     found: dict[str, Any] = json.loads((cwd / "a.json").read_text())
@@ -63,12 +64,13 @@ def ask(world: tuple[Dataset, Path], cwd: Path, *arguments: str) -> dict[str, An
     return found
 
 
-def test_every_need_is_measured_beside_the_orders(world: tuple[Dataset, Path], tmp_path: Path) -> None:
-    for part in ("ray", "vllm"):
-        require(part)
+def test_every_need_is_measured_beside_the_orders(
+    windlass_here: Here, world: tuple[Dataset, Path], tmp_path: Path
+) -> None:
+    require("vllm")
     _, model = world
     ranker = str(model.parent / "ranker")
-    found = ask(world, tmp_path, "--ranking.rankers", ranker, ranker, "--save", "run:first", *ENGINE)
+    found = ask(windlass_here, world, tmp_path, "--ranking.rankers", ranker, ranker, "--save", "run:first", *ENGINE)
     assert found["engine"]["name"] == "vllm"
     assert found["violations"] == found["invalid"]["constrained"] == 0
     roles = {name: need["role"] for name, need in found["needs"].items()}
@@ -91,17 +93,17 @@ def test_every_need_is_measured_beside_the_orders(world: tuple[Dataset, Path], t
     assert found["seen"]["metrics"]["ndcg@5"] == pytest.approx(np.mean(both))
     # The same lists again differ from themselves by nothing; samples differ, and other prompts are refused.
     reference = (*ENGINE, "--rollout.engine", "reference", "--base", "run:first")
-    drawn = ask(world, tmp_path, "--ranking.decode", "sample", "--ranking.width", "3", *reference)
+    drawn = ask(windlass_here, world, tmp_path, "--ranking.decode", "sample", "--ranking.width", "3", *reference)
     for part in (drawn, drawn["seen"], drawn["unseen"], drawn["needs"]["niche"]):
         assert part["differences"]["ndcg@5"]["mean"] != 0
     difference = drawn["needs"]["trend"]["differences"]["mrr@10"]
     assert difference["base"] == pytest.approx(found["needs"]["trend"]["metrics"]["mrr@10"], abs=1e-6)
     assert difference["mean"] == pytest.approx(difference["other"] - difference["base"])
     dataset, _ = world
-    same = ask(world, tmp_path, *reference)
+    same = ask(windlass_here, world, tmp_path, *reference)
     assert all(one["mean"] == pytest.approx(0, abs=1e-6) for one in same["differences"].values())
     places = ("eval", str(model), "--data", str(dataset.path), "--lists", "--rows", "9", *reference)
-    refused = windlass(*places, cwd=tmp_path)
+    refused = windlass_here(*places, cwd=tmp_path)
     assert refused.returncode == 2
     assert "lists for the same" in refused.stderr
 
