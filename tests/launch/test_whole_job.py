@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 
 from launch.provenance import ROOT
+from tests.launch.conftest import Here
 from tests.requirements import require
 from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
 
@@ -85,8 +86,8 @@ def test_summary_names_the_real_parts(finished_run: Path) -> None:
     assert summary["ended_by"] == "max_steps"
 
 
-def test_every_evaluation_was_scored_and_correlates(finished_run: Path) -> None:
-    done = windlass("correlate", "runs/job", "--json", "c.json", cwd=finished_run.parent.parent)
+def test_every_evaluation_was_scored_and_correlates(windlass_here: Here, finished_run: Path) -> None:
+    done = windlass_here("correlate", "runs/job", "--json", "c.json", cwd=finished_run.parent.parent)
     assert done.returncode == 0, done.stderr
     answer = json.loads((finished_run.parent.parent / "c.json").read_text())
     assert answer["checkpoints"] == [f"step-{step:06d}" for step in range(4)]
@@ -96,13 +97,13 @@ def test_every_evaluation_was_scored_and_correlates(finished_run: Path) -> None:
         assert answer["k"]["5"][name]["values"] == pytest.approx([step[name] for step in steps])
 
 
-def test_strata_of_the_run_stand_in_its_report(finished_run: Path) -> None:
+def test_strata_of_the_run_stand_in_its_report(windlass_here: Here, finished_run: Path) -> None:
     folder = finished_run.parent.parent
     data = str(folder.parent / "source" / "dataset")
     ranker = ("--ranker", "runs/ranker/ranker", "--oracle", "runs/ranker/ranker")
     engine = ("--rollout.engine", "reference", "--rollout.dtype", "float32")
     sizes = ("--width", "12", "--batch", "16", "--cluster.object-store-mib", "128")
-    done = windlass("strata", "runs/job", "--data", data, *ranker, *engine, *sizes, "--json", "s.json", cwd=folder)
+    done = windlass_here("strata", "runs/job", "--data", data, *ranker, *engine, *sizes, "--json", "s.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     answer = json.loads((folder / "s.json").read_text())
     schema = json.loads((ROOT / "docs" / "schemas" / "strata.schema.json").read_text())
@@ -110,7 +111,7 @@ def test_strata_of_the_run_stand_in_its_report(finished_run: Path) -> None:
     assert sum(stratum["prompts"] for stratum in answer["strata"]) == answer["rows"]
     for stratum in answer["strata"]:
         assert stratum["oracle_correction"] == pytest.approx(stratum["correction"])
-    assert windlass("report", "runs/job", cwd=folder).returncode == 0
+    assert windlass_here("report", "runs/job", cwd=folder).returncode == 0
     assert "Rank correction of the reward by difficulty" in (finished_run / "report.html").read_text()
 
 
