@@ -196,4 +196,6 @@ class TextPromptBuilder(PromptBuilder):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt's text."""
-        return [*self._leads, *self.tokenizer.encode(text)]
+        tokens = self.tokenizer.encode(text)
+        # Some chat templates write the beginning token themselves.
+        return tokens if tokens[: len(self._leads)] == self._leads else [*self._leads, *tokens]

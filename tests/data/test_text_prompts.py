@@ -85,6 +85,14 @@ def test_the_oldest_items_are_left_out_and_counted(folder: Path) -> None:
         make(folder, longest=20)
 
 
+def test_a_text_begins_once(folder: Path) -> None:
+    """The chat template of these tests writes the beginning token; a plain prompt gets it from the setting."""
+    for form in ("chat", "plain"):
+        tokens = make(folder, form=form, begin_with_bos=True).prompt(np.array([0]))[0].token_ids
+        assert tokens.tolist().count(1) == (2 if form == "chat" else 1)
+        assert tokens[0] == 1
+
+
 def test_need_and_candidates_are_written_where_they_are_given(folder: Path) -> None:
     template = PromptTemplate(
         TextSettings(items="codes", form="plain", instruction="Rank."), TextTokenizer.open(folder)
