@@ -138,8 +138,11 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def check_fits(folder: Path, catalogue: Catalogue) -> None:
     """Refuse a model whose vocabulary or catalogue is not the one of the data."""
-    check_model(folder, catalogue.vocabulary.size)
     own = Catalogue.load(folder / CATALOGUE)
+    if own.vocabulary.text is not None and catalogue.vocabulary.text is None:
+        items = "codes" if own.vocabulary.levels else "titles"
+        raise RequestError("text.items", "null", f"{items}: {folder} is a language model")
+    check_model(folder, catalogue.vocabulary.size)
     if own.digest != catalogue.digest:
         raise RequestError(
             f"{folder}: catalogue",

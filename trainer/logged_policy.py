@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from data.catalogue import Catalogue
 from data.constraint import legal_log_softmax
 from data.records import FloatArray, IntArray, Prompt
 from data.trie_constraint import TrieConstraint
+
+LOGITS: Final = 2**27
+"""Most logits of a forward pass, half a GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def logged_scores(
         prompts: contexts, as the model was trained on them.
         item_N: the shown items.
         temperature_N: of the log.
-        batch: rows per forward pass.
+        batch: most rows per forward pass.
     """
     from transformers import AutoModelForCausalLM
 
@@ -66,8 +70,10 @@ def logged_scores(
     for row, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         alike[len(prompt.token_ids), len(path)].append(row)
     for (_, length), rows in sorted(alike.items()):
-        for first in range(0, len(rows), batch):
-            part = rows[first : first + batch]
+        # The logits of a language model are large: so few rows at once that they stay within the limit.
+        at_once = max(1, min(batch, LOGITS // ((length + 1) * catalogue.vocabulary.size)))
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
             tokens = np.stack([np.concatenate([prompts[row].token_ids, paths[row]]) for row in part])
             ids = torch.from_numpy(tokens.astype(np.int64))
             logits_NLV = model(input_ids=ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()

@@ -42,7 +42,8 @@ def has_grown(parent: Path, catalogue: Catalogue) -> bool:
         return False
     sizes, words = own.vocabulary.level_sizes, own.vocabulary.further_words
     grown = catalogue.vocabulary.level_sizes
-    follows = len(sizes) == len(grown) and sizes[:-1] == grown[:-1] and sizes[-1] <= grown[-1]
+    # Titles have no levels; the last one is compared as a slice, so that they follow each other.
+    follows = len(sizes) == len(grown) and sizes[:-1] == grown[:-1] and sizes[-1:] <= grown[-1:]
     if not (same_tokens(own, catalogue) and follows and words == catalogue.vocabulary.further_words):
         raise RequestError(
             f"{parent}: catalogue",

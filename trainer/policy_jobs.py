@@ -102,7 +102,7 @@ def tasks(job: SftJob, data: PolicyData, builder: TextPromptBuilder, logged: Log
     """
     samples, fingerprint = data.dataset.samples("train"), data.dataset.fingerprint
     if logged is not None:
-        samples = logged.samples.take(np.flatnonzero(logged.samples.target_N != NO_ITEM))
+        samples = responded(logged)
         fingerprint = f"{fingerprint}+{logged.anchors.digest}"
     if not len(samples):
         raise RequestError("data.dataset", "no target to train on", "a dataset with longer histories")
@@ -235,16 +235,25 @@ class LoggedRows(NamedTuple):
         return {"rows": len(self.samples), "left_out": self.left_out}
 
 
+def responded(logged: LoggedRows) -> Samples:
+    """The rows with a response.
+
+    Raises:
+        RequestError: there are none.
+    """
+    chosen = np.flatnonzero(logged.samples.target_N != NO_ITEM)
+    if not len(chosen):
+        raise RequestError("feedback", f"no response in {len(logged.samples)} rows", "a log with responses for sft")
+    return logged.samples.take(chosen)
+
+
 def response_sequences(logged: LoggedRows) -> Sequences:
     """A sequence per row with a response: its history as context and the exposed item as the only target.
 
     Raises:
         RequestError: no row has a response.
     """
-    chosen = np.flatnonzero(logged.samples.target_N != NO_ITEM)
-    if not len(chosen):
-        raise RequestError("feedback", f"no response in {len(logged.samples)} rows", "a log with responses for sft")
-    rows = logged.samples.take(chosen)
+    rows = responded(logged)
     length_N = rows.end_N - rows.start_N
     end_N = np.cumsum(length_N + 1)
     values = np.empty(int(end_N[-1]), np.int32)

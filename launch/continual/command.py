@@ -35,6 +35,7 @@ from launch.continual.webhook import WebhookSettings
 from trainer.checkpoints import open_model
 from trainer.interruption import Interruption
 from trainer.jobs import PRESETS, Job, RlJob, SftJob
+from trainer.language_model import is_pretrained, language_path
 
 SECTION = "continual"
 EXIT_REJECTED = 3
@@ -172,9 +173,9 @@ def first_model(job: RlJob | SftJob) -> Path:
     """The model that serves before any update.
 
     Raises:
-        RequestError: the recipe begins with random weights.
+        RequestError: the recipe begins with random weights, or with a language model that knows no items.
     """
-    if job.init in PRESETS:
+    if job.init in PRESETS or (job.text.on and is_pretrained(language_path(job.init))):
         raise RequestError("init", job.init, "a trained model (a run, a checkpoint or an hf folder) to serve first")
     return open_model(Path(job.init))
 

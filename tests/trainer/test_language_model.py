@@ -8,6 +8,7 @@ pretrained weights (docs/results/llm.json).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -200,6 +201,36 @@ def test_a_language_model_follows_its_catalogue(more: int, bases: Path, dataset:
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert len(tokenizer) == later.vocabulary.tokens
     assert tokenizer("item<b_9>").input_ids[-1] == later.vocabulary.code_token(1, 9)
+
+
+def test_titles_follow_their_catalogue(bases: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """An item that is retired, and one that is new, change no weight: titles need no rows."""
+    language, folder = start(bases / "llama", dataset, tmp_path / "initial", items="titles")
+    own = language.catalogue
+    assert not has_grown(folder, own)
+    path = np.array(language.tokenizer.encode("Solaris"), np.int32)
+    later = dataclasses.replace(
+        own.retire([3]),
+        path_values=np.concatenate([own.path_values, path]),
+        path_start=np.append(own.path_start, own.path_start[-1] + len(path)),
+        active=np.append(own.retire([3]).active, True),
+        titles=(*own.titles, "Solaris"),
+        item_keys=(*own.item_keys, "solaris"),
+    )
+    assert has_grown(folder, later)
+    target = grow_model(folder, later, tmp_path / "grown", seed=0)
+    check_fits(target, later)
+    old, new = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, target))
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+    with pytest.raises(RequestError, match="an earlier state of"):
+        has_grown(target, own)
+
+
+def test_a_job_of_codes_says_what_a_language_model_needs(bases: Path, dataset: Dataset, tmp_path: Path) -> None:
+    for items in ("codes", "titles"):
+        _, folder = start(bases / "llama", dataset, tmp_path / items, items=items)
+        with pytest.raises(RequestError, match=rf"text\.items: null; legal: {items}: .* is a language model"):
+            check_fits(folder, Catalogue.build(dataset, "default"))
 
 
 @pytest.mark.parametrize(

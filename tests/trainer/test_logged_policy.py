@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.catalogue import Catalogue
 from data.records import Decode, DecodeSpec
 from rollout.reference_engine import ReferenceEngine
 from rollout.settings import RolloutSettings
 from tests.tiny_model import random_prompts, write_tiny_model
+from trainer import logged_policy
 from trainer.logged_policy import logged_scores
 
 ITEMS = 12
@@ -55,3 +57,25 @@ def test_they_are_what_an_engine_logs_and_scores(model: Path, catalogue: Catalog
     served = engine.score([prompt.token_ids for prompt in prompts], [catalogue.tokens(int(item)) for item in item_N])
     for one, other in zip(scores.token_logp, served, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_logits_stay_within_the_limit(model: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary takes fewer rows at once, one at least, and the scores stay what they were."""
+    prompts = random_prompts(catalogue, [4] * 6, excluded=1)
+    arguments = (model, catalogue, prompts, np.zeros(6, np.int32), np.ones(6))
+    whole = logged_scores(*arguments, batch=6)
+    logits: list[int] = []
+    softmax = torch.Tensor.log_softmax
+
+    def counted(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        logits.append(tensor.numel())
+        return softmax(tensor, dim)
+
+    for limit in (4 * 4 * catalogue.vocabulary.size, 1):
+        monkeypatch.setattr(logged_policy, "LOGITS", limit)
+        monkeypatch.setattr(torch.Tensor, "log_softmax", counted)
+        parts = logged_scores(*arguments, batch=6)
+        monkeypatch.undo()
+        np.testing.assert_allclose(parts.logp_N, whole.logp_N, atol=1e-5)
+        assert max(logits) <= max(limit, 4 * catalogue.vocabulary.size)
+        logits.clear()
