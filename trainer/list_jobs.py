@@ -9,7 +9,8 @@ from data.feed import Feed
 from reward.scoring import RewardScorer
 from reward.service import RewardService
 from reward.swap_client import SwapClient
-from trainer.jobs import RlJob, SftJob, check_batch
+from trainer.data_checks import check_batch
+from trainer.jobs import RlJob, SftJob
 from trainer.list_data import ListData, PreparedPrompts
 from trainer.list_scoring import ListScorer
 from trainer.list_sft import IdealListFeed, teachable

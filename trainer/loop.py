@@ -52,10 +52,11 @@ from trainer.batch_signals import (
 )
 from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
 from trainer.completion_scores import ScoreOutputs
+from trainer.data_checks import completion_tokens
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
 from trainer.given_scores import compared_tokens, given_items
-from trainer.jobs import RlJob, completion_tokens
+from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup
 from trainer.list_scoring import ListScorer
 from trainer.list_signals import ListSignals
@@ -355,7 +356,7 @@ class RlLoop(TrainingLoop):
         """All updates on the batch: `objective.updates` passes of `objective.minibatches` optimiser steps."""
         parts: list[Metrics] = []
         for rows in self._minibatches(len(completions.prompt_tokens)):
-            share = _scaled(inputs.take(rows), self.job.objective.minibatches)
+            share = inputs.take(rows).scaled(self.job.objective.minibatches)
             parts.append(self.learners.update(completions.take(rows), share))
         return {
             name: float((np.max if name.endswith("_max") else np.mean)([part[name] for part in parts]))
@@ -365,17 +366,6 @@ class RlLoop(TrainingLoop):
     def _minibatches(self, prompts: int) -> Iterator[np.ndarray]:
         for _ in range(self.job.objective.updates):
             yield from np.split(np.arange(prompts), self.job.objective.minibatches)
-
-
-def _scaled(inputs: UpdateInputs, factor: int) -> UpdateInputs:
-    """The weights of a minibatch, so that its loss is its own mean and not its share of the batch's."""
-    return dataclasses.replace(
-        inputs,
-        policy_weight_PGT=inputs.policy_weight_PGT * factor,
-        kl_weight_PGT=inputs.kl_weight_PGT * factor,
-        nll_weight_PGT=inputs.nll_weight_PGT * factor,
-        entropy_weight_PGT=None if inputs.entropy_weight_PGT is None else inputs.entropy_weight_PGT * factor,
-    )
 
 
 def _token_metrics(prompts: Sequence[Prompt], groups: Groups) -> Metrics:

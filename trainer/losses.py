@@ -65,6 +65,17 @@ class UpdateInputs:
         }
         return dataclasses.replace(self, **arrays)
 
+    def scaled(self, factor: int) -> UpdateInputs:
+        """The weights of a minibatch, so that its loss is its own mean and not its share of the batch's."""
+        entropy_PGT = self.entropy_weight_PGT
+        return dataclasses.replace(
+            self,
+            policy_weight_PGT=self.policy_weight_PGT * factor,
+            kl_weight_PGT=self.kl_weight_PGT * factor,
+            nll_weight_PGT=self.nll_weight_PGT * factor,
+            entropy_weight_PGT=None if entropy_PGT is None else entropy_PGT * factor,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs:

@@ -18,8 +18,9 @@ from reward.exposure import Exposures
 from rollout.list_decoding import list_constraint
 from trainer.checkpoint_evaluation import exposure_log
 from trainer.checkpoints import Facts
+from trainer.data_checks import check_catalogue
 from trainer.evaluation import Evaluator
-from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob, check_catalogue
+from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob
 from trainer.language_model import Language
 from trainer.list_data import ListData, list_catalogue
 from trainer.list_evaluation import ListEvaluator

@@ -25,9 +25,10 @@ from reward.scoring import RewardScorer
 from reward.service import RewardService
 from trainer.anchor import Anchor, Snips
 from trainer.checkpoints import check_own, open_checkpoint
+from trainer.data_checks import check_batch, check_row_tokens, check_windows
 from trainer.group_dump import dumped_steps
 from trainer.interruption import Interruption
-from trainer.jobs import PolicyJobSettings, RlJob, SftJob, check_batch, check_row_tokens, check_windows
+from trainer.jobs import PolicyJobSettings, RlJob, SftJob
 from trainer.list_jobs import ListRows, ideal_rows, list_scorer, prompt_rows, swap_client
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData

@@ -19,7 +19,8 @@ from data.errors import RequestError
 from launch.config import job_from, load_job, read_recipe, recipe_header, recipe_names, recipe_path, to_yaml
 from launch.setting_names import keys
 from launch.train_arguments import help_text, split_arguments
-from trainer.jobs import JOBS, RlJob, SftJob, check_catalogue
+from trainer.data_checks import check_catalogue
+from trainer.jobs import JOBS, RlJob, SftJob
 
 
 def rl(**changes: Any) -> dict[str, Any]:

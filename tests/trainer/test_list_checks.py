@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from data.errors import RequestError
 from tests.small_world import recipe
-from trainer.jobs import RlJob, SftJob, check_catalogue
+from trainer.data_checks import check_catalogue
+from trainer.jobs import RlJob, SftJob
 
 LISTS: dict[str, Any] = {"needs": [{"name": "interest"}], "candidates": 12, "positives": 4}
 SOUND: dict[str, Any] = {
