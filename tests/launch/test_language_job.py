@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from data.dataset import Dataset
+from tests.launch.conftest import Here
 from tests.requirements import require
-from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
+from tests.small_world import read_steps, recipe, write_dataset, write_recipe
 from tests.tiny_language import FAMILIES, write_language
 
 LANGUAGE: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    for part in ("vllm", "deepspeed", "ray", "peft"):
+    for part in ("vllm", "deepspeed", "peft"):
         require(part)
     return write_dataset(tmp_path_factory.mktemp("language_job"))
 
@@ -43,18 +44,21 @@ def job(dataset: Dataset, kind: str, init: Path | str, text: dict[str, Any], **s
     return recipe(dataset.path, kind, init=str(init), text=text, **merged)
 
 
-def run(folder: Path, name: str, content: dict[str, Any]) -> Path:
+def run(windlass_here: Here, folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """The folder of a run."""
     write_recipe(folder / f"{name}.yaml", content)
-    done = windlass("train", f"{name}.yaml", "--run-dir", name, cwd=folder)
+    done = windlass_here("train", f"{name}.yaml", "--run-dir", name, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / name
 
 
-def test_codes_with_lora(dataset: Dataset, tmp_path: Path) -> None:
+def test_codes_with_lora(dataset: Dataset, tmp_path: Path, windlass_here: Here) -> None:
     base = write_language(tmp_path / "base", "qwen2")
     lora = {"lora": {"rank": 4, "alpha": 12, "push": "adapter"}, "zero_stage": 2, "lr": 1e-2}
-    content = job(dataset, "rl", base, {"items": "codes"}, learner=lora, objective={"beta": 0.01})
-    done = run(tmp_path, "rl", content)
+    # A checkpoint at the end alone.
+    few: dict[str, Any] = {"evaluation": {"rows": 8}, "checkpoints": {"interval": 3}}
+    content = job(dataset, "rl", base, {"items": "codes"}, learner=lora, objective={"beta": 0.01}, **few)
+    done = run(windlass_here, tmp_path, "rl", content)
     steps = read_steps(done)
     assert [step["weight_version"] for step in steps[1:]] == [0, 1, 2]
     for step in steps[1:]:
@@ -87,16 +91,16 @@ def _checkpoint_is_whole(checkpoint: Path, initial: Path) -> None:
 
 
 @pytest.mark.long
-def test_titles_from_supervised_to_rl_and_eval(dataset: Dataset, tmp_path: Path) -> None:
+def test_titles_from_supervised_to_rl_and_eval(dataset: Dataset, tmp_path: Path, windlass_here: Here) -> None:
     base = write_language(tmp_path / "base", "llama")
     text = {"items": "titles", "form": "plain"}
-    sft = run(tmp_path, "sft", job(dataset, "sft", base, text, batch_rows=16, limits={"max_steps": 12}))
+    sft = run(windlass_here, tmp_path, "sft", job(dataset, "sft", base, text, batch_rows=16, limits={"max_steps": 12}))
     steps = read_steps(sft)
     assert steps[-1]["loss"] < steps[1]["loss"] - 0.5
-    rl = run(tmp_path, "rl", job(dataset, "rl", sft, text, learner={"lora": {"rank": 2}}))
+    rl = run(windlass_here, tmp_path, "rl", job(dataset, "rl", sft, text, learner={"lora": {"rank": 2}}))
     assert all(step["constraint.violations"] == 0 for step in read_steps(rl)[1:])
     arguments = ("--data", str(dataset.path), "--rows", "8", "--k", "1", "5", "--rollout.dtype", "float32")
-    done = windlass("eval", "rl", *arguments, "--unconstrained-rows", "4", "--json", "e.json", cwd=tmp_path)
+    done = windlass_here("eval", "rl", *arguments, "--unconstrained-rows", "4", "--json", "e.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "e.json").read_text())
     assert answer["invalid"]["constrained"] == 0
@@ -105,30 +109,32 @@ def test_titles_from_supervised_to_rl_and_eval(dataset: Dataset, tmp_path: Path)
 
 
 @pytest.mark.long
-def test_two_ranks_resume_with_sharded_weights(dataset: Dataset, tmp_path: Path) -> None:
+def test_two_ranks_resume_with_sharded_weights(dataset: Dataset, tmp_path: Path, windlass_here: Here) -> None:
     base = write_language(tmp_path / "base", "qwen3")
     learner = {"lora": {"rank": 4}, "zero_stage": 3, "ranks": 2, "dtype": "bfloat16"}
     tasks = {"title_to_code": 1.0, "code_to_title": 1.0, "next_title": 0.5}
     text = {"items": "codes", "history": "codes", "code_init": "content", "tasks": tasks}
     content = job(dataset, "sft", base, text, batch_rows=8, learner=learner, rollout={"dtype": "bfloat16"})
-    run(tmp_path, "sft", content | {"limits": {"max_steps": 2}})
-    done = run(tmp_path, "sft", content | {"limits": {"max_steps": 4}})
-    whole = run(tmp_path, "whole", content | {"limits": {"max_steps": 4}})
+    run(windlass_here, tmp_path, "sft", content | {"limits": {"max_steps": 2}})
+    done = run(windlass_here, tmp_path, "sft", content | {"limits": {"max_steps": 4}})
+    whole = run(windlass_here, tmp_path, "whole", content | {"limits": {"max_steps": 4}})
     assert [s["loss"] for s in read_steps(done)[1:]] == [s["loss"] for s in read_steps(whole)[1:]]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_through_the_engine(family: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_every_family_trains_through_the_engine(
+    family: str, dataset: Dataset, tmp_path: Path, windlass_here: Here
+) -> None:
     base = write_language(tmp_path / "base", family)
-    done = run(tmp_path, "rl", job(dataset, "rl", base, {"items": "codes"}, limits={"max_steps": 1}))
+    done = run(windlass_here, tmp_path, "rl", job(dataset, "rl", base, {"items": "codes"}, limits={"max_steps": 1}))
     step = read_steps(done)[1]
     assert step["constraint.violations"] == 0
     assert step["policy_gap/max"] < 1e-4
 
 
 @pytest.mark.long
-def test_the_packaged_model_is_read(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_packaged_model_is_read(dataset: Dataset, tmp_path: Path, windlass_here: Here) -> None:
     """SmolLM2 from its GGUF file: zero steps write the initial model, extended by code tokens."""
     from transformers import AutoTokenizer
 
@@ -138,7 +144,7 @@ def test_the_packaged_model_is_read(dataset: Dataset, tmp_path: Path) -> None:
     types = {"learner": {"dtype": "bfloat16"}, "rollout": {"dtype": "bfloat16"}}
     content = job(dataset, "sft", "smollm2-135m", {"items": "codes"}, limits={"max_steps": 0}, **types)
     content["evaluation"] = {**content["evaluation"], "rows": 2, "unconstrained_rows": 0}
-    done = run(tmp_path, "sft", content)
+    done = run(windlass_here, tmp_path, "sft", content)
     tokenizer = AutoTokenizer.from_pretrained(done / "initial")
     assert len(tokenizer) == 49_152 + 14
     config = json.loads((done / "initial" / "config.json").read_text())

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from reward.critic import Critic, CriticRanker, CriticShape
+from tests.launch.conftest import Here
 from tests.requirements import require
 from tests.small_world import ITEMS, read_steps, recipe, windlass, write_dataset, write_recipe
 from tests.tiny_language import write_language
@@ -53,7 +54,7 @@ def job(dataset: Path, kind: str, **sections: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset, a critic and recipes."""
-    for part in ("vllm", "deepspeed", "ray"):
+    for part in ("vllm", "deepspeed"):
         require(part)
     folder = tmp_path_factory.mktemp("list_job")
     dataset = write_dataset(folder / "source").path
@@ -71,8 +72,8 @@ def weights_of(run: Path) -> bytes:
     return (newest / "hf" / "model.safetensors").read_bytes()
 
 
-def test_credit_for_lists_on_the_real_fleet(folder: Path) -> None:
-    done = windlass("train", "lists.yaml", "--run-dir", "runs/lists", cwd=folder)
+def test_credit_for_lists_on_the_real_fleet(folder: Path, windlass_here: Here) -> None:
+    done = windlass_here("train", "lists.yaml", "--run-dir", "runs/lists", cwd=folder)
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "lists"
     steps = read_steps(run)
@@ -128,7 +129,7 @@ def test_a_list_run_that_is_cut_off_ends_at_the_same_weights(folder: Path) -> No
 
 
 @pytest.mark.long
-def test_a_language_model_ranks_titles(folder: Path) -> None:
+def test_a_language_model_ranks_titles(folder: Path, windlass_here: Here) -> None:
     base = write_language(folder / "base", "smollm")
     source = yaml.safe_load((folder / "sft.yaml").read_text())["data"]["dataset"]
     language: dict[str, Any] = {
@@ -154,7 +155,7 @@ def test_a_language_model_ranks_titles(folder: Path) -> None:
         ),
     )
     for name in ("titles-sft", "titles"):
-        done = windlass("train", f"{name}.yaml", "--run-dir", f"runs/{name}", cwd=folder)
+        done = windlass_here("train", f"{name}.yaml", "--run-dir", f"runs/{name}", cwd=folder)
         assert done.returncode == 0, done.stderr
     losses = [step["loss"] for step in read_steps(folder / "runs" / "titles-sft")[1:]]
     assert losses[-1] < losses[0] - 0.5
@@ -165,7 +166,7 @@ def test_a_language_model_ranks_titles(folder: Path) -> None:
     assert card.text.needs == {"interest": "a favourite"}
     engine = ("--rollout.dtype", "float32", "--rollout.kv-cache-gib", "0.1", "--cluster.object-store-mib", "128")
     places = ("eval", "runs/titles", "--data", source, "--lists", "--rows", "6", "--k", "1", "3")
-    done = windlass(*places, *engine, "--json", "titles.json", cwd=folder)
+    done = windlass_here(*places, *engine, "--json", "titles.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "titles.json").read_text())
     assert found["violations"] == found["invalid"]["constrained"] == 0

@@ -210,7 +210,7 @@ def check_rankers(folder: Path) -> None:
 
 def test_critics_that_diverge_end_the_run(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = {"norm_limit": None, "alpha": 0.0, "beta": 0.0, "lr_critic": 0.02, "discount": 0.5, "divergence": 20.0}
-    often = {"limits": {"max_steps": 400}, "checkpoints": {"interval": 5, "last": 2}, "evaluation": {"rows": 10}}
+    often = {"limits": {"max_steps": 400}, "checkpoints": {"interval": 40, "last": 2}, "evaluation": {"rows": 10}}
     recipe = write_recipe(tmp_path / "laac.yaml", {**content(dataset, **free), **often})
     folder = tmp_path / "run"
     assert run(["train", str(recipe), "--run-dir", str(folder)]) == 1
