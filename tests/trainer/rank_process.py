@@ -1,12 +1,14 @@
-"""One rank of several in a process of its own, for tests without Ray: python -m tests.trainer.rank_process JOB RANK.
+"""One rank of several in a process of its own, for tests without Ray: python -m tests.trainer.rank_process RANK.
 
-Runs the tasks of the job one after the other, each with a fresh learner in the same process group, and writes what
-rank 0 sees to `OUT/NAME.npz`. Importable, so that a single rank can do the same inside the test process.
+Takes jobs from standard input, one a line, until it ends (`rank_pair`). Runs the tasks of a job one after the other,
+each with a fresh learner in the same process group, writes what the rank sees to `OUT/NAME-RANK.npz`, and says `done`.
+Importable, so that a single rank can do the same inside the test process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,13 +62,17 @@ def run_task(task: dict[str, Any], place: RankPlace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all tasks of the job as one rank."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    rank = int(sys.argv[2])
-    place = RankPlace(rank=rank, ranks=job["ranks"], port=job["port"])
-    for name, task in job["tasks"].items():
-        results = run_task(task, place)
-        np.savez(Path(job["out"]) / f"{name}-{rank}.npz", **results)
+    """Run the tasks of all jobs as one rank."""
+    rank = int(sys.argv[1])
+    # What libraries print is no answer: it goes where errors go.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        place = RankPlace(rank=rank, ranks=job["ranks"], port=job["port"])
+        for name, task in job["tasks"].items():
+            np.savez(Path(job["out"]) / f"{name}-{rank}.npz", **run_task(task, place))
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from tests.trainer.learner_world import (
     oracle_scores,
     save_model,
 )
+from tests.trainer.rank_pair import RankPair
 
 PLAIN: dict[str, Any] = {"row_tokens": 64, "token_budget": 64, "grad_clip": 0.0, "lr": 1e-3, "betas": (0.0, 0.95)}
 WIDE = PLAIN | {"row_tokens": 128, "token_budget": 256}
@@ -56,36 +53,6 @@ def run_alone(item: dict[str, Any]) -> dict[str, Any]:
     return run_task(item, RankPlace())
 
 
-def run_ranks(folder: Path, ranks: int, tasks: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = folder / f"job-{port}.json"
-    job.write_text(json.dumps({"ranks": ranks, "port": port, "tasks": tasks, "out": str(folder)}), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.rank_process", str(job), str(rank)],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return {
-        name: [dict(np.load(folder / f"{name}-{rank}.npz", allow_pickle=False)) for rank in range(ranks)]
-        for name in tasks
-    }
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
@@ -98,7 +65,9 @@ def reference(model: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def two_ranks(
+    model: Path, rank_pair: RankPair, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     """All stages and types on two ranks, then states: written on two ranks, continued there."""
     folder = tmp_path_factory.mktemp("ranks")
     tasks = {
@@ -116,7 +85,7 @@ def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         tasks[f"first-{dtype}-{stage}"] = base | {"steps": steps[:2], "save": state}
         tasks[f"second-{dtype}-{stage}"] = base | {"steps": steps[2:], "load": state, "seed": SEED + 2}
     tasks["export-3"] = task(model, zero_stage=3, dtype="bfloat16") | {"export": str(folder / "export")}
-    return run_ranks(folder, 2, tasks) | {"folder": [{"path": folder}]}
+    return rank_pair.run(folder, tasks) | {"folder": [{"path": folder}]}
 
 
 def gradient_gap(found: dict[str, Any], exact: dict[str, Any]) -> float:

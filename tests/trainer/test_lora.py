@@ -23,8 +23,9 @@ from data.vocabulary import TextBase
 from rollout.live_adapter import is_adapter
 from tests.requirements import require
 from tests.trainer.learner_world import VOCABULARY, make_completions, make_constraint, save_model
+from tests.trainer.rank_pair import RankPair
 from tests.trainer.rank_process import sft_rows
-from tests.trainer.test_learner import PLAIN, THREADS, run_alone, run_ranks, task
+from tests.trainer.test_learner import PLAIN, THREADS, run_alone, task
 from trainer.jobs import SftJob
 from trainer.learner import Learner
 from trainer.lora import adapter_base, code_rows, live_adapter
@@ -32,6 +33,7 @@ from trainer.settings import LearnerSettings
 
 FIRST_ROW = 30
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8}
+STEPS: dict[str, Any] = {"steps": ["update", "sft"]}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,6 +51,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(model: Path) -> dict[str, Any]:
+    """Two steps of one rank in float32, that the others are held against."""
+    return run_alone(task(model, zero_stage=0, dtype="float32", lora=LORA) | STEPS)
+
+
+@pytest.fixture(scope="module")
+def low(model: Path) -> dict[str, Any]:
+    """Two steps in bfloat16, with momentum."""
+    return run_alone(low_task(model) | STEPS)
+
+
+def low_task(model: Path) -> dict[str, Any]:
+    """Of `low`, one step."""
+    return task(model, zero_stage=1, dtype="bfloat16", lora=LORA, betas=(0.9, 0.95))
+
+
 def learner(model: Path, *, reference: bool = False, lora: dict[str, Any] | None = None, **settings: Any) -> Learner:
     whole = LearnerSettings(
         **(PLAIN | THREADS | {"dtype": "float32", "zero_stage": 0, "lora": lora or LORA} | settings)
@@ -62,15 +81,16 @@ def test_rows_of_code_tokens(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_first_loss_is_that_of_full_training(model: Path, dtype: str) -> None:
-    stage = 0 if dtype == "float32" else 1
-    full = run_alone(task(model, zero_stage=stage, dtype=dtype))
-    lora = run_alone(task(model, zero_stage=stage, dtype=dtype, lora=LORA))
-    assert lora["loss"][0] == pytest.approx(full["loss"][0], rel=1e-6 if dtype == "float32" else 1e-2)
+def test_first_loss_is_that_of_full_training(
+    model: Path, dtype: str, alone: dict[str, Any], low: dict[str, Any]
+) -> None:
+    full = run_alone(task(model, zero_stage=0 if dtype == "float32" else 1, dtype=dtype))
+    lora, rounding = (alone, 1e-6) if dtype == "float32" else (low, 1e-2)
+    assert lora["loss"][0] == pytest.approx(full["loss"][0], rel=rounding)
 
 
-def test_only_factors_and_code_rows_change(model: Path) -> None:
-    found = run_alone(task(model, zero_stage=0, dtype="float32", lora=LORA) | {"steps": ["update", "sft"]})
+def test_only_factors_and_code_rows_change(model: Path, alone: dict[str, Any]) -> None:
+    found = alone
     before = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
     trained = {name.removeprefix("master/") for name in found if name.startswith("master/")}
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
@@ -84,16 +104,16 @@ def test_only_factors_and_code_rows_change(model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def two_ranks(
+    model: Path, rank_pair: RankPair, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    steps = {"steps": ["update", "sft"]}
-    tasks = {str(stage): task(model, zero_stage=stage, dtype="float32", lora=LORA) | steps for stage in (1, 2, 3)}
-    return run_ranks(folder, 2, tasks)
+    tasks = {str(stage): task(model, zero_stage=stage, dtype="float32", lora=LORA) | STEPS for stage in (1, 2, 3)}
+    return rank_pair.run(folder, tasks)
 
 
 @pytest.mark.parametrize("case", ["1", "2", "3"])
-def test_zero_stages_do_the_same(model: Path, two_ranks: dict[str, list[dict[str, Any]]], case: str) -> None:
-    alone = run_alone(task(model, zero_stage=0, dtype="float32", lora=LORA) | {"steps": ["update", "sft"]})
+def test_zero_stages_do_the_same(alone: dict[str, Any], two_ranks: dict[str, list[dict[str, Any]]], case: str) -> None:
     for rank in two_ranks[case]:
         assert rank["norm"] == pytest.approx(alone["norm"], rel=1e-5)
         for name, value in alone.items():
@@ -104,9 +124,8 @@ def test_zero_stages_do_the_same(model: Path, two_ranks: dict[str, list[dict[str
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_states_do_the_same(model: Path, stage: int) -> None:
-    steps = {"steps": ["update", "sft"]}
     kept, offloaded = (
-        run_alone(task(model, zero_stage=stage, dtype="bfloat16", lora=LORA, offload_optimiser=offload) | steps)
+        run_alone(task(model, zero_stage=stage, dtype="bfloat16", lora=LORA, offload_optimiser=offload) | STEPS)
         for offload in (False, True)
     )
     for name, value in kept.items():
@@ -165,9 +184,8 @@ def test_the_reference_is_the_adapter_switched_off(model: Path, stage: int) -> N
     assert np.abs(third.logp_PGT - second.logp_PGT).max() > 1e-2
 
 
-def test_a_state_continues(model: Path, tmp_path: Path) -> None:
-    item = task(model, zero_stage=1, dtype="bfloat16", lora=LORA, betas=(0.9, 0.95))
-    whole = run_alone(item | {"steps": ["update", "sft"]})
+def test_a_state_continues(model: Path, tmp_path: Path, low: dict[str, Any]) -> None:
+    item, whole = low_task(model), low
     run_alone(item | {"save": str(tmp_path / "state")})
     second = run_alone(item | {"steps": ["sft"], "seed": item["seed"] + 1, "load": str(tmp_path / "state")})
     assert second["loss"][0] == whole["loss"][1]
