@@ -146,3 +146,22 @@ def test_the_way_of_an_engine() -> None:
     assert health.tick(20.0) == ["a"]
     health.removed("a")
     assert health.engines == {}
+
+
+def test_who_comes_later_joins_by_the_fleets_version_alone() -> None:
+    health = FleetHealth(start_deadline_s=START_S, suspect_s=SUSPECT_S)
+    for name in ("a", "b"):
+        health.launched(name, 0.0)
+        health.joined(name, 0, 5, 0.0)
+        health.answered(name, 0, 1.0)
+    health.pushed({"a": 0}, 5, 2.0)
+    for incarnation, version in ((0, 4), (0, 6), (1, 5)):
+        health.joined("b", incarnation, version, 3.0)
+        assert health.named(EngineState.HEALTHY) == ["a"]
+    health.joined("b", 0, 5, 3.0)
+    assert health.may_serve("b", 5)
+    health.suspected("b", 0, LossReason.SILENT, 4.0)
+    health.joined("b", 0, 5, 4.0)
+    assert health.named(EngineState.HEALTHY) == ["a"], "who is silent joins nobody"
+    health.slept(5.0)
+    assert health.named(EngineState.STALE) == ["a"]
