@@ -152,7 +152,8 @@ def test_a_sleeping_a_lying_and_a_dying_replica(ray_cluster: None, flag: str) ->
         client = service.client()
         result = client.score(arrays([[1], [9004]]), arrays([[5], [6]]))
         assert result.failure_N.tolist() == ["", ""]
-        assert client.requests >= 2
+        # A replica died. Who asked again depends on whether Serve's router had seen it take the request: the router, or
+        # our client (tests/reward/test_http_api.py).
         assert Path(flag).exists()
     finally:
         service.close()
