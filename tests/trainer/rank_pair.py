@@ -62,15 +62,10 @@ class RankPair:
         }
 
     def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        deadline = Timer(10, self._kill)
-        deadline.start()
+        """End the processes, which have nothing to keep; by themselves they take seconds to leave their groups."""
+        self._kill()
         for process in self._processes:
             process.wait()
-        deadline.cancel()
 
     def _kill(self) -> None:
         for process in self._processes:
