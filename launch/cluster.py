@@ -163,6 +163,15 @@ def cluster(
     finally:
         _HELD.clear()
         ray.shutdown()
+        forget_serve()
+
+
+def forget_serve() -> None:
+    """Make Ray Serve look for its controller again: by the job's number, which the next cluster of this machine gets
+    too, it would take the controller of this one for its own."""
+    context = sys.modules.get("ray.serve.context")
+    if context is not None:
+        context._disconnect()
 
 
 def start_ray(arguments: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from launch.cluster import (
     UNCHECKED,
     check_packages,
     check_shared_memory,
+    forget_serve,
     full_store_named,
     runtime_environment,
     start_ray,
@@ -139,3 +140,14 @@ def test_ray_is_started_again_when_the_machine_was_too_busy(monkeypatch: pytest.
     with pytest.raises(Exception, match="timed out"):
         start_ray({})
     assert calls.count("init") == 6
+
+
+def test_the_next_cluster_of_this_process_looks_for_serve_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve knows its controller by the job's number, which every local cluster begins with. With real ones, in the
+    same process: the jobs of this folder and tests/reward/test_service.py."""
+    require("ray")
+    from ray.serve import context
+
+    monkeypatch.setattr(context, "_global_client", object())
+    forget_serve()
+    assert context._global_client is None
