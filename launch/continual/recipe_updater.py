@@ -20,8 +20,8 @@ from rollout.fleet import RolloutFleet
 from trainer.checkpoints import latest_checkpoint, open_model
 from trainer.initial_model import CATALOGUE
 from trainer.jobs import RlJob, SftJob
+from trainer.logged_rows import feedback_checks
 from trainer.model_growth import catalogue_digest, grow_model, has_grown, later_catalogue
-from trainer.policy_jobs import feedback_checks
 
 
 class RecipeUpdater:

@@ -41,6 +41,7 @@ import xxhash
 from data.errors import RequestError, RunError
 from data.feedback import DAY_SECONDS, ROWS_PER_FILE, SCHEMA, day_of, day_start, is_day, write_day
 from data.responses import RESPONSES, write_responses
+from launch.serving.request_ids import time_of
 from trainer.durable import sync_file
 
 FORMAT: Final = 1
@@ -379,29 +380,6 @@ def _chunks(exposures: Iterator[dict[str, Any]], opened: Mapping[str, _Open]) ->
     while some := list(islice(exposures, CHUNK_ROWS)):
         rows = [{**row, "response": opened[row["request_id"]].responses} for row in some]
         yield pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-class RequestIds:
-    """Names of requests: time, start of the service, number. They tell late from unknown without a memory of all."""
-
-    def __init__(self, start_ms: int, seed: int) -> None:
-        self._start = f"{start_ms:011x}{seed:08x}"
-        self._next = 0
-
-    def take(self, timestamp: int) -> tuple[str, int]:
-        """The next name, and its number, below 2^32, which keys the draws."""
-        number = self._next
-        self._next += 1
-        return f"{timestamp:09x}-{self._start}-{number:x}", number % 2**32
-
-
-def time_of(request_id: str) -> int | None:
-    """The time of a request by its name, None for a name that is not ours."""
-    parts = request_id.split("-")
-    if len(parts) != 3 or len(parts[0]) != 9 or any(set(part) - set("0123456789abcdef") for part in parts):
-        return None
-    time = int(parts[0], 16)
-    return time if all(parts) else None
 
 
 def line_of(record: dict[str, Any]) -> bytes:

@@ -33,10 +33,11 @@ from data.feedback import PropensityKind
 from data.records import NO_ITEM, Prompt
 from launch.continual.lock import writing
 from launch.serving.exposure import ExposureSettings, has_legal_item, propensity_kind, show
-from launch.serving.exposure_log import FOLDER, ExposureLog, RequestIds, Response, outcomes_by_kind
+from launch.serving.exposure_log import FOLDER, ExposureLog, Response, outcomes_by_kind
 from launch.serving.http_app import FeedbackRequest, RecommendRequest, build_app
 from launch.serving.metrics import ServiceMetrics
 from launch.serving.refusals import Refusal, Refused
+from launch.serving.request_ids import RequestIds
 from launch.serving.served import Context, ServedVersion, current_number, hides_more, open_registry, prompt_of
 from launch.serving.settings import ServeSettings
 from rollout.settings import RolloutSettings

@@ -21,8 +21,8 @@ from data.feedback import SCHEMA, FeedbackLog, PropensityKind, single_item_log, 
 from data.records import NO_ITEM
 from tests.small_world import ITEMS, recipe, write_dataset
 from trainer.jobs import RlJob, SftJob
+from trainer.logged_rows import logged_rows, response_sequences
 from trainer.policy_data import PolicyData
-from trainer.policy_jobs import logged_rows, response_sequences
 
 ROWS = 12
 

@@ -22,7 +22,8 @@ from data.errors import RequestError, RunError
 from data.feedback import day_start, write_day
 from data.feedback_reading import FeedbackChecks, read_feedback
 from launch.continual.log_folder import CompletenessSettings, LogFolder, waits_for
-from launch.serving.exposure_log import ExposureLog, Joined, RequestIds, Response, outcomes_by_kind, time_of
+from launch.serving.exposure_log import ExposureLog, Joined, Response, outcomes_by_kind
+from launch.serving.request_ids import RequestIds, time_of
 
 DAY = "2026-01-31"
 NOON = day_start(DAY) + 43_200
