@@ -170,10 +170,11 @@ class Branches:
         Raises:
             ValueError: a prompt gets more rows than there is room for.
         """
-        prompt_N = self._prompt_N[parent_N.cpu()]
+        here_N = parent_N.cpu()
+        prompt_N = self._prompt_N[here_N]
         if int(prompt_N.bincount().max()) > self._rows:
             raise ValueError(f"a prompt grows into more than {self._rows} rows")
-        stayed = len(parent_N) == len(self._prompt_N) and bool((parent_N.cpu() == torch.arange(len(parent_N))).all())
+        stayed = len(parent_N) == len(self._prompt_N) and bool((here_N == torch.arange(len(here_N))).all())
         self._moved_N = None if stayed else parent_N.to(self._device)
         self._prompt_N = prompt_N
         self._stacks = list(self._stacked(prompt_N))
