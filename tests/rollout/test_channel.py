@@ -25,7 +25,8 @@ from data.records import Decode, DecodeSpec, FloatArray, IntArray
 from rollout.buckets import Unpacker
 from rollout.channel import ChannelSettings, WeightChannel
 from rollout.engine import Engine, build_engine
-from rollout.movers import MoverKind
+from rollout.kept_push import KeptWriter
+from rollout.movers import MoverError, MoverKind
 from rollout.peers import LocalPeer
 from rollout.probe import Gap, check_gap, gap_limit, item_probe, probe_gap
 from rollout.push_failures import PushError, PushFailure
@@ -300,11 +301,37 @@ def test_a_push_that_fails_leaves_nothing_behind(hf_dir: Path, rig: Callable[...
         one.channel.push(1)
     assert list(tmp_path.iterdir()) == []
     assert one.channel.kept is None
-    one.channel.keep = tmp_path / "absent"
     again = rig({"engine": reference(hf_dir)})
     again.channel.keep = tmp_path / "absent"
     with pytest.raises(PushError, match=r"learner \(error\): MoverError: .* so the push cannot be kept"):
         again.channel.push(1)
+
+
+@pytest.mark.parametrize("bucket_mib", [0.001, 0.03], ids=["buffered", "written"])
+def test_a_full_disk_is_named_and_the_engines_are_told_at_once(
+    bucket_mib: float, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    engine = reference(hf_dir)
+    one = rig({"engine": engine}, bucket_mib=bucket_mib)
+    one.channel.keep = tmp_path
+    # What is left of small writes in the file's buffer is refused once more when it is closed.
+    (tmp_path / "version-000001.part").symlink_to("/dev/full")
+    begun = time.monotonic()
+    with pytest.raises(PushError, match=r"learner \(error\): MoverError: .*\.part: No space left on device, so the push"):
+        one.channel.push(1)
+    assert time.monotonic() - begun < 8
+    assert list(tmp_path.iterdir()) == []
+    assert engine.weight_version == IN_TRANSIT
+
+
+def test_a_disk_that_is_full_at_the_last_bytes_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "version.part").symlink_to("/dev/full")
+    writer = KeptWriter(tmp_path / "version.buckets")
+    writer.write(torch.zeros(100, dtype=torch.uint8))
+    with pytest.raises(MoverError, match="No space left on device"):
+        writer.finish()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:
