@@ -294,11 +294,12 @@ def placements(job: SftJob | RlJob, plan: Plan) -> tuple[Placement, Placement]:
         RunError: there is no room for colocated pairs.
     """
     cluster, deadline_s = job.cluster, job.cluster.preflight_deadline_s
-    if not cluster.colocated:
-        engines = Placement(node=cluster.engine_node, deadline_s=deadline_s)
-        return engines, Placement(node=cluster.learner_node, deadline_s=deadline_s)
-    gpus = max((ask.gpus for ask in plan.asks if ask.part == "rollout.engines"), default=0.0)
-    group = pairs(job.rollout.engines, gpus=gpus, node=cluster.engine_node, deadline_s=deadline_s)
+    engines = next((ask for ask in plan.asks if ask.part == "rollout.engines"), None)
+    # Without engines (training from a dump) there are no pairs: the ranks have room of their own.
+    if not cluster.colocated or engines is None:
+        for_engines = Placement(node=cluster.engine_node, deadline_s=deadline_s)
+        return for_engines, Placement(node=cluster.learner_node, deadline_s=deadline_s)
+    group = pairs(engines.count, gpus=engines.gpus, node=cluster.engine_node, deadline_s=deadline_s)
     return Placement(shared=group), Placement(shared=group)
 
 
