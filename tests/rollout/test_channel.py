@@ -194,6 +194,28 @@ def test_an_engine_that_slept_computes_as_before(
     assert "wake" not in one.channel.push(2).seconds, "nobody slept"
 
 
+@pytest.mark.parametrize("mover", [MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO])
+def test_an_engine_that_cannot_wake_lets_nobody_wait(
+    mover: MoverKind, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tired: Any = reference(hf_dir)
+    one = rig({"tired": tired, "other": reference(hf_dir)}, mover=mover, folder=str(tmp_path))
+    tired.fall_asleep()
+
+    def full(_: object) -> None:
+        raise MemoryError("no room on the card")
+
+    monkeypatch.setattr(tired, "_take_memory", full)
+    with pytest.raises(PushError) as caught:
+        one.channel.push(1)
+    blames = caught.value.blames
+    assert (blames["tired"].reason, blames["tired"].text) == (PushFailure.ERROR, "MemoryError: no room on the card")
+    for name in ("learner", "other"):
+        assert blames[name].reason is PushFailure.HALF_WAY
+        assert "no room on the card" in blames[name].text, "told by the engine, not found out at the deadline"
+    assert tired.weight_version == IN_TRANSIT
+
+
 def test_vllm_sleeps_past_the_beam_loops_memory_and_wakes_around_the_push(
     vllm_engine: Any, rig: Callable[..., Rig], restored: Callable[[Engine], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
