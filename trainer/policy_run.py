@@ -24,7 +24,6 @@ from rollout.placement import Placement, pairs, remove
 from trainer.checkpoints import CheckpointStore, check_own, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.healing import Healing
-from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
@@ -208,16 +207,8 @@ def policy_run(
         open_checkpoint(newest, data.facts)
         state = RunState.load(newest)
     # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
-    hf_dir = own_initial_model(
-        job.init,
-        data.catalogue,
-        seed=job.seed,
-        dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
-        target=run_dir / "initial",
-        resumed=newest is not None,
-        codebooks=data.codebooks(job),
-        language=None if data.language is None else (data.language, job.text),
-    )
+    dtype = torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16
+    hf_dir = data.initial_model(job, run_dir / "initial", dtype=dtype, resumed=newest is not None)
     if job.learner.lora.alone:
         shape = live_adapter(job.learner.lora, hf_dir)
         job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"live_adapter": shape})})
