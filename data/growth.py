@@ -28,7 +28,7 @@ from data.dataset import Dataset
 from data.embeddings import packaged_model, title_vectors
 from data.errors import RequestError
 from data.parquet import Digest, fingerprint_of
-from data.records import FloatArray
+from data.records import FloatArray, IntArray, LongArray
 from data.schema import CARD, ITEMS, write_card
 from data.semantic_ids import given_codes, squared_distances
 
@@ -103,14 +103,24 @@ def _extended(dataset: Dataset, grown: Dataset, codes: Codes, name: str, new: pa
 
 
 def same_tokens(before: Catalogue, after: Catalogue) -> bool:
-    """Whether every item of one catalogue has its id, its key and its tokens in the other, which may have more."""
+    """Whether every item of one catalogue has its id, its key and its tokens in the other, which may have more.
+
+    The end token that closes a title which a later title continues is not looked at: answers end there anyway.
+    """
     items = before.n_items
-    return (
-        after.n_items >= items
-        and after.item_keys[:items] == before.item_keys
-        and np.array_equal(after.path_start[: items + 1], before.path_start)
-        and np.array_equal(after.path_values[: int(before.path_start[-1])], before.path_values)
-    )
+    if after.n_items < items or after.item_keys[:items] != before.item_keys:
+        return False
+    (values, start), (later_values, later_start) = _own_tokens(before), _own_tokens(after)
+    return np.array_equal(later_start[: items + 1], start) and np.array_equal(later_values[: int(start[-1])], values)
+
+
+def _own_tokens(catalogue: Catalogue) -> tuple[IntArray, LongArray]:
+    """Tokens of all paths and where each begins, those of titles without the end token behind some."""
+    values, start = catalogue.path_values, catalogue.path_start
+    if catalogue.vocabulary.levels:
+        return values, start
+    ends = values == catalogue.vocabulary.eos
+    return values[~ends], start - np.concatenate([[0], np.cumsum(ends)])[start]
 
 
 def extend_codes(

@@ -102,7 +102,7 @@ class TextWriter:
             candidates: most candidates of a prompt.
 
         Raises:
-            RequestError: a template that drops candidates, or the need where there are several.
+            RequestError: a template that drops candidates, the history beside them, or the need among several.
         """
         settings = prompts.settings
         if settings.instruction == INSTRUCTION:
@@ -111,10 +111,14 @@ class TextWriter:
         self._template = PromptTemplate(settings, prompts.tokenizer)
         self._needs = [need_text(need, settings) for need in needs]
         self._form = settings.items or ItemForm.CODES
-        signs = item_signs(candidates)
-        shown = self._template.content([], need=_NEED, candidates=signs)
-        if any(sign not in shown for sign in signs):
+        signs = item_signs(prompts.history + candidates)
+        history, listed = signs[: prompts.history], signs[prompts.history :]
+        shown = self._template.content(history, need=_NEED, candidates=listed)
+        if any(sign not in shown for sign in listed):
             raise RequestError("text.template", "does not show all candidates", f"{VARIABLES}: loop over candidates")
+        if any(sign not in shown for sign in history):
+            found = "does not show the whole history beside candidates"
+            raise RequestError("text.template", found, f"{VARIABLES}: loop over history")
         if len(needs) > 1 and _NEED not in shown:
             raise RequestError("text.template", "does not show the need", f"{VARIABLES}: write {{{{ need }}}}")
 

@@ -54,6 +54,9 @@ class PromptTemplate:
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
         )
+        # A run that goes on, and whoever serves its model, must write the prompts that it was trained on.
+        for names, drawn in ((environment.globals, "lipsum"), (environment.filters, "random")):
+            names.pop(drawn, None)
         try:
             self._template = environment.from_string(settings.template or TEMPLATE)
         except TemplateError as error:

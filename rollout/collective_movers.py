@@ -166,9 +166,13 @@ class _Group:
     def close(self) -> None:
         """End the group; pending operations of the others fail."""
         holder, self._group, self._store = [self._group], None, None
-        if self._pending and holder[0] is not None:
-            if self._endpoint.kind in CARD_TO_CARD:
-                holder[0].abort()
+        if holder[0] is None:
+            return
+        kind = self._endpoint.kind
+        # Torch's NCCL goes with its group, unless a broadcast hangs in it; vLLM's does not go by itself.
+        if kind is MoverKind.VLLM_NCCL or (self._pending and kind in CARD_TO_CARD):
+            holder[0].abort()
+        if self._pending:
             # gloo cannot abandon an operation: its group waits for the operation's own timeout when it is freed.
             threading.Thread(target=holder.clear, name="windlass-gloo-end", daemon=True).start()
 

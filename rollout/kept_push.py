@@ -11,6 +11,8 @@ ordinary receiving loop, so that it checks and loads exactly what the others got
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +47,8 @@ class KeptWriter:
         """
         self._path = path
         self._temporary = path.with_suffix(".part")
-        try:
+        with self._named():
             self._file = self._temporary.open("wb")
-        except OSError as error:
-            raise MoverError(f"{self._temporary}: {error.strerror}, so the push cannot be kept") from error
 
     def write(self, buffer: Tensor) -> None:
         """Append a sealed bucket.
@@ -56,20 +56,32 @@ class KeptWriter:
         Raises:
             MoverError: there is no room.
         """
-        try:
+        with self._named():
             self._file.write(buffer.cpu().numpy().data)
-        except OSError as error:
-            raise MoverError(f"{self._temporary}: {error.strerror}, so the push cannot be kept") from error
 
     def finish(self) -> None:
-        """All buckets are there."""
-        self._file.close()
-        self._temporary.replace(self._path)
+        """All buckets are there.
+
+        Raises:
+            MoverError: there was no room for the last bytes, or the folder is gone.
+        """
+        with self._named():
+            self._file.close()
+            self._temporary.replace(self._path)
 
     def abandon(self) -> None:
-        """The push failed: nothing of it stays."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """The push failed: nothing of it stays. Quiet, because whoever calls has an error to tell already."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MoverError(f"{self._temporary}: {error.strerror}, so the push cannot be kept") from error
 
 
 class KeptReceiver(BucketReceiver):

@@ -7,7 +7,8 @@ in the process group (`rollout.collective_movers`).
 
 The contract: every call ends before its deadline, with the data or with an exception; an error told by `fail` comes
 up at the other side as `PeerError` with its text; a side that falls silent comes up as `MoverTimeout`; nothing is left
-in memory or on disk after `close`, or after a kill except for the file mover, which leaves its folder.
+in memory or on disk after `close`, or after a kill except for the file mover, which leaves its folder. One gap: both
+NCCLs build their communicator without a deadline, so a peer that dies in that moment is noticed by the push's own.
 """
 
 from __future__ import annotations

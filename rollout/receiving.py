@@ -9,6 +9,7 @@ and for caches after the last one. Nothing here needs vLLM; the vLLM worker's pa
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -156,6 +157,18 @@ class Inbox:
             self._receiver = None
 
 
+def refuse(message: PushMessage, rank: int, error: BaseException) -> None:
+    """Tell the sender that this engine takes nothing, so that it does not wait for it until the deadline."""
+    if isinstance(message.endpoint, KeptBuckets):
+        return
+    # Where the sender cannot be reached, it knows; the engine's own error is the one to raise.
+    with contextlib.suppress(RunError, RuntimeError, OSError):
+        deadline = Deadline(message.deadline_s)
+        receiver = open_receiver(message.endpoint, rank=rank, device="cpu", deadline=deadline)
+        receiver.fail(f"{type(error).__name__}: {error}")
+        receiver.close()
+
+
 def _inject(message: PushMessage, buffer: Tensor) -> None:
     """Test-only: the faults of the middle bucket."""
     if message.fault is PushFault.CORRUPT_BUCKET:
@@ -189,7 +202,11 @@ class ReceivingEngine(SleepingEngine):
         """
         self.weight_version = IN_TRANSIT
         self._loaded = None
-        waking_s = self._wake(Memory.WEIGHTS)
+        try:
+            waking_s = self._wake(Memory.WEIGHTS)
+        except BaseException as error:
+            refuse(message, rank, error)
+            raise
         receipt = self._take_push(message, rank)
         waking_s += self._wake(Memory.CACHES)
         self._loaded = replace(receipt, seconds=receipt.seconds + waking_s, waking_s=waking_s)

@@ -264,10 +264,19 @@ def nccl_unique_id() -> bytes:
 
 
 def nccl_communicator(unique_id: bytes, rank: int, size: int, device: torch.device) -> Any:
-    """The communicator of vLLM's own `nccl` weight transfer; all ranks must call at once."""
+    """The communicator of vLLM's own `nccl` weight transfer; all ranks must call at once.
+
+    Raises:
+        RequestError: it is switched off in this process.
+    """
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
-    return PyNcclCommunicator.from_unique_id_bytes(unique_id, rank=rank, world_size=size, device=device)
+    communicator = PyNcclCommunicator.from_unique_id_bytes(unique_id, rank=rank, world_size=size, device=device)
+    if communicator.disabled:
+        # Its broadcasts would return at once and leave every buffer as it was.
+        legal = "nccl, or no VLLM_DISABLE_PYNCCL in the environment of learners and engines"
+        raise RequestError("weights.mover", "vllm_nccl, which vLLM has switched off", legal)
+    return communicator
 
 
 def initialize_layerwise_reload(model: torch.nn.Module) -> None:

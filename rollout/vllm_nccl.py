@@ -41,6 +41,10 @@ class VllmNcclGroup:
     """What `rollout.collective_movers` needs of a process group; built by all ranks at once."""
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
+        """
+        Raises:
+            RequestError: vLLM's NCCL is switched off in this process.
+        """
         if rank == 0:
             store.set(ID_KEY, internals.nccl_unique_id())
         # The others wait here for rank 0, as long as the store's timeout.
@@ -55,5 +59,5 @@ class VllmNcclGroup:
         return StreamWork(self._stream.record_event())
 
     def abort(self) -> None:
-        """End the communicator; broadcasts under way fail."""
+        """End the communicator, which nothing else does; broadcasts under way fail."""
         self._communicator.destroy()

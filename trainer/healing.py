@@ -165,12 +165,18 @@ class Healing:
         if self.learners_rest and self.channel.version is not None:
             self.push(self.channel.version)
             return
-        if self.channel.kept is None:
-            raise failure
         # Ends like `_settle`, which raises when no engine is left.
         while not self.fleet.health.named(EngineState.HEALTHY):
+            if not self._keeps():
+                raise failure
             self._settle()
             self._bring()
+
+    def _keeps(self) -> bool:
+        """Whether engines can be brought to the version; a file that is gone is no fault of theirs."""
+        if lost := self.channel.lost_kept():
+            self.say(f"{lost} is gone: engines that come up wait for the next push")
+        return self.channel.kept is not None
 
     def _bring(self) -> None:
         """Verify the engines that came up since the last push, out of what it left behind.
@@ -178,12 +184,12 @@ class Healing:
         Raises:
             PushError: a check failed: the weights are in doubt.
         """
-        if self.channel.kept is None:
+        if not self._keeps():
             return
         self.fleet.take_in()
         for name in self.fleet.health.named(EngineState.STALE):
             try:
-                self.channel.bring(name, RayPeer(name, [self.fleet.engines[name]]))
+                version = self.channel.bring(name, RayPeer(name, [self.fleet.engines[name]]))
             except PushError as error:
                 if error.alarm:
                     raise
@@ -191,4 +197,4 @@ class Healing:
                 self._decide(EngineFailure(name, f"did not take what the last push left: {error}", LossReason.PUSH))
             else:
                 self._known[name] = self.fleet.incarnations()[name]
-                self.fleet.joined(name, self.channel.kept.message.version)
+                self.fleet.joined(name, version)

@@ -151,6 +151,9 @@ class PolicyJobSettings(JobSettings):
             raise RequestError("rollout.engines", rollout.engines, f"{ranks} like learner.ranks with cluster.colocated")
         if rollout.tensor_parallel != 1:
             raise RequestError("rollout.tensor_parallel", rollout.tensor_parallel, "1 with cluster.colocated")
+        if self.cluster.learner_node not in (None, self.cluster.engine_node):
+            legal = "none, or cluster.engine_node, with cluster.colocated: each rank is beside its engine"
+            raise RequestError("cluster.learner_node", self.cluster.learner_node, legal)
         if rollout.gpus and rollout.gpus + self.learner.gpus > 1:
             legal = (
                 f"0, or at most {1 - self.learner.gpus:g} with cluster.colocated: learner.gpus is {self.learner.gpus:g}"

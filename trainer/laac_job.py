@@ -177,6 +177,11 @@ class LaacRun:
         if job.laac.method is Method.REFERENCE:
             if answers is None:
                 raise RequestError("laac.reference.kind", "logged", "random or llm with method reference")
+            test = self.sessions.rows("test").event_N
+            _, missing = answers.of(test)
+            if missing:
+                found = f"{missing} of {len(test)} test rows were not asked"
+                raise RequestError(str(self.cache), found, "a cache asked with laac.reference.test_rows true")
             return facts | {"stages": {"reference": self._test(answers=answers)}, "ended_by": "no training"}
         table = TransitionTable.of(
             self.sessions, self.sessions.transitions, item_NR, weight_NR, history=job.data.history

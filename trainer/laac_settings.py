@@ -66,12 +66,17 @@ class ReferenceSettings(Settings):
     """Latest items that the model is shown."""
     candidates: int = Field(100, ge=1, le=100_000)
     """Items drawn at random for each state, among which the model answers."""
+    show_candidates: bool = True
+    """Write the candidates into a language model's prompt, which then may be as long as `rollout.max_model_len` leaves
+    room for. The prompts of a model of codes have no such part: the constraint alone tells it."""
     answers: int = Field(10, ge=1, le=1024)
     """Most answers of a state."""
     weighting: Weighting = Weighting.UNIFORM
     """uniform, or rank (1/rank)."""
     states: int | None = Field(None, ge=1)
     """Training states that are asked, a seeded sample; the others are masked. None asks all."""
+    test_rows: bool = True
+    """Ask the test rows too, so that method reference can be evaluated from the same cache."""
 
 
 class LaacSettings(Settings):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.catalogue import Catalogue
 from data.code_vectors import codebooks_path, load_codebooks
@@ -20,6 +23,7 @@ from trainer.checkpoint_evaluation import exposure_log
 from trainer.checkpoints import Facts
 from trainer.data_checks import check_catalogue
 from trainer.evaluation import Evaluator
+from trainer.initial_model import own_initial_model
 from trainer.jobs import PRESETS, InitEmbeddings, RlJob, SftJob
 from trainer.language_model import Language
 from trainer.list_data import ListData, list_catalogue
@@ -97,6 +101,23 @@ class PolicyData:
         if job.init_embeddings is InitEmbeddings.AUTO and not path.is_file():
             return None
         return load_codebooks(path, load_codes(self.dataset.path, job.data.codes, self.dataset.n_items))
+
+    def initial_model(self, job: SftJob | RlJob, target: Path, *, dtype: torch.dtype, resumed: bool) -> Path:
+        """The `hf` folder that the job begins with, kept in `target`; see `trainer.initial_model.own_initial_model`.
+
+        Raises:
+            RequestError: what `init` names does not fit the data.
+        """
+        return own_initial_model(
+            job.init,
+            self.catalogue,
+            seed=job.seed,
+            dtype=dtype,
+            target=target,
+            resumed=resumed,
+            codebooks=self.codebooks(job),
+            language=None if self.language is None else (self.language, job.text),
+        )
 
     def evaluator(self, job: SftJob | RlJob, split: str = "valid") -> Evaluator | ListEvaluator:
         """The evaluator of the job's section `evaluation`: of the validation rows, or of the test rows at the end.

@@ -24,7 +24,6 @@ from rollout.placement import Placement, pairs, remove
 from trainer.checkpoints import CheckpointStore, check_own, open_checkpoint
 from trainer.evaluation import Evaluation, Evaluator
 from trainer.healing import Healing
-from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob, SftJob
 from trainer.learner_group import LearnerGroup
@@ -208,16 +207,8 @@ def policy_run(
         open_checkpoint(newest, data.facts)
         state = RunState.load(newest)
     # A continued run keeps its own initial model: a reference and the engines' first weights come from it.
-    hf_dir = own_initial_model(
-        job.init,
-        data.catalogue,
-        seed=job.seed,
-        dtype=torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16,
-        target=run_dir / "initial",
-        resumed=newest is not None,
-        codebooks=data.codebooks(job),
-        language=None if data.language is None else (data.language, job.text),
-    )
+    dtype = torch.float32 if job.learner.dtype is Precision.FLOAT32 else torch.bfloat16
+    hf_dir = data.initial_model(job, run_dir / "initial", dtype=dtype, resumed=newest is not None)
     if job.learner.lora.alone:
         shape = live_adapter(job.learner.lora, hf_dir)
         job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"live_adapter": shape})})
@@ -294,11 +285,12 @@ def placements(job: SftJob | RlJob, plan: Plan) -> tuple[Placement, Placement]:
         RunError: there is no room for colocated pairs.
     """
     cluster, deadline_s = job.cluster, job.cluster.preflight_deadline_s
-    if not cluster.colocated:
-        engines = Placement(node=cluster.engine_node, deadline_s=deadline_s)
-        return engines, Placement(node=cluster.learner_node, deadline_s=deadline_s)
-    gpus = max((ask.gpus for ask in plan.asks if ask.part == "rollout.engines"), default=0.0)
-    group = pairs(job.rollout.engines, gpus=gpus, node=cluster.engine_node, deadline_s=deadline_s)
+    engines = next((ask for ask in plan.asks if ask.part == "rollout.engines"), None)
+    # Without engines (training from a dump) there are no pairs: the ranks have room of their own.
+    if not cluster.colocated or engines is None:
+        for_engines = Placement(node=cluster.engine_node, deadline_s=deadline_s)
+        return for_engines, Placement(node=cluster.learner_node, deadline_s=deadline_s)
+    group = pairs(engines.count, gpus=engines.gpus, node=cluster.engine_node, deadline_s=deadline_s)
     return Placement(shared=group), Placement(shared=group)
 
 

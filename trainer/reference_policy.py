@@ -1,8 +1,9 @@
 """Asking the reference policy: a language model of the fleet, or chance, among candidates drawn for each state.
 
 The candidates of a state are active items of different token paths that the user has not seen, drawn by (seed, state).
-The model is shown the latest items and answers by constrained beams whose only legal items are the candidates, so its
-answers are valid and distinct by construction; there are fewer where fewer candidates are left.
+The model is shown the latest items (a language model the candidates too) and answers by constrained beams whose only
+legal items are the candidates, so its answers are valid and distinct by construction; there are fewer where fewer
+candidates are left.
 
 Source: methods.md section 5, "Reference". Suffixes: `_M` state, `_R` answer, `_C` candidate.
 """
@@ -20,7 +21,10 @@ import numpy as np
 from data.candidates import CandidateFiller
 from data.catalogue import Catalogue
 from data.errors import RequestError
+from data.needs import NeedSettings, load_needs
+from data.ranking_writers import TextWriter
 from data.records import NO_ITEM, Decode, DecodeSpec, IntArray, ListSpec, LongArray, Prompt
+from data.text_prompts import TextPromptBuilder
 from data.transitions import Sessions
 from rollout.fleet import RolloutFleet
 from rollout.settings import RolloutSettings
@@ -40,11 +44,13 @@ Report = Callable[[int, int], None]
 
 
 def asked_states(sessions: Sessions, settings: ReferenceSettings) -> LongArray:
-    """Events whose states the reference is asked: the training ones (or their seeded sample), and all test rows."""
+    """Events whose states the reference is asked: the training ones (or their seeded sample), and the test rows."""
     train = sessions.transitions.event_N
     if settings.states is not None and settings.states < len(train):
         random = np.random.default_rng([sessions.settings.user_seed, _STATE_STREAM])
         train = random.choice(train, size=settings.states, replace=False)
+    if not settings.test_rows:
+        return np.unique(train)
     return np.unique(np.concatenate([train, sessions.rows("test").event_N]))
 
 
@@ -56,6 +62,7 @@ def description(sessions: Sessions, settings: ReferenceSettings, digest: str | N
         "dataset": sessions.dataset.fingerprint,
         "window": settings.window if settings.kind is ReferenceKind.LLM else None,
         "candidates": settings.candidates,
+        "show_candidates": settings.show_candidates if settings.kind is ReferenceKind.LLM else None,
         "answers": settings.answers,
         "exclude_seen": sessions.settings.exclude_seen,
         "seed": sessions.settings.user_seed,
@@ -108,7 +115,7 @@ def model_answers(
     if PromptCard.read(hf_dir).lists.on:
         raise RequestError("laac.reference.model", f"{settings.model} ranks lists", "a model of single items")
     event_M = asked_states(sessions, settings)
-    asks = _Prompts(sessions, settings, catalogue, hf_dir)
+    asks = _Prompts(sessions, settings, catalogue, hf_dir, rollout.max_model_len)
     spec = DecodeSpec(
         decode=Decode.BEAM,
         width=settings.answers,
@@ -135,11 +142,34 @@ def model_answers(
 class _Prompts:
     """Prompts of states as the model was trained on them: the latest items, and the candidates that may be answered."""
 
-    def __init__(self, sessions: Sessions, settings: ReferenceSettings, catalogue: Catalogue, hf_dir: Path) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        settings: ReferenceSettings,
+        catalogue: Catalogue,
+        hf_dir: Path,
+        max_model_len: int | None,
+    ) -> None:
+        """
+        Args:
+            max_model_len: tokens of a prompt with its answer; none keeps the model's own longest prompt.
+
+        Raises:
+            RequestError: a template that drops the candidates, or a prompt that has no room for them.
+        """
         self._sessions = sessions
         self._settings = settings
-        shown = {"history": settings.window, "exclude_seen": False}
-        self._builder = PromptCard.read(hf_dir).model_copy(update=shown).builder(catalogue, hf_dir)
+        card = PromptCard.read(hf_dir)
+        shown = card.text.on and settings.show_candidates
+        changes: dict[str, Any] = {"history": settings.window, "exclude_seen": False}
+        if shown and max_model_len is not None:
+            changes["max_prompt_tokens"] = max_model_len - int(np.diff(catalogue.path_start).max())
+        self._builder = card.model_copy(update=changes).builder(catalogue, hf_dir)
+        self._writer: TextWriter | None = None
+        if shown and isinstance(self._builder, TextPromptBuilder):
+            self._writer = TextWriter(
+                self._builder, load_needs([NeedSettings(name="interest")]), candidates=settings.candidates
+            )
         self._filler = CandidateFiller(catalogue)
 
     def of(self, event_M: LongArray, rows: Sequence[int]) -> tuple[list[int], list[Prompt]]:
@@ -156,10 +186,17 @@ class _Prompts:
                 (self._sessions.settings.user_seed, _CANDIDATE_STREAM, event),
             )
             if len(candidates):
-                prompt, _ = self._builder.prompt(self._history(event), event)
                 kept.append(row)
-                prompts.append(replace(prompt, candidates=candidates, exclusions=np.zeros(0, np.int32)))
+                prompts.append(self._prompt(event, candidates))
         return kept, prompts
+
+    def _prompt(self, event: int, candidates: IntArray) -> Prompt:
+        history = self._history(event)
+        prompt, _ = self._builder.prompt(history, event)
+        if self._writer is not None:
+            shown, tokens = self._writer.write(history, candidates, 0)
+            prompt = replace(prompt, token_ids=tokens, history=shown)
+        return replace(prompt, candidates=candidates, exclusions=np.zeros(0, np.int32))
 
     def _history(self, event: int) -> IntArray:
         start = int(self._sessions.start_of(np.array([event]))[0])

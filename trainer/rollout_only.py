@@ -22,7 +22,6 @@ from rollout.settings import EngineDtype
 from trainer.collection import decode_spec
 from trainer.evaluation import Generator
 from trainer.group_dump import step_path, steps_in, write_step
-from trainer.initial_model import own_initial_model
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob
 from trainer.policy_data import PolicyData
@@ -50,15 +49,7 @@ def dump_rollouts(
     done = read_last_step(run_dir / METRICS) or 0
     check_folder(job.rollout_only, done)
     dtype = torch.float32 if job.rollout.dtype is EngineDtype.FLOAT32 else torch.bfloat16
-    hf_dir = own_initial_model(
-        job.init,
-        data.catalogue,
-        seed=job.seed,
-        dtype=dtype,
-        target=run_dir / "initial",
-        resumed=done > 0,
-        codebooks=data.codebooks(job),
-    )
+    hf_dir = data.initial_model(job, run_dir / "initial", dtype=dtype, resumed=done > 0)
     with (
         closing(RolloutFleet.start(job.rollout, hf_dir, data.catalogue)) as fleet,
         RunLog(

@@ -23,6 +23,8 @@ from data.code_vectors import codebooks_path, load_codebooks, save_codebooks
 from data.codes import Codes, OnCollision, codes_path
 from data.dataset import Dataset
 from data.growth import extend_dataset, place_items, same_tokens
+from data.trie import complete_paths
+from data.vocabulary import TextBase, Vocabulary
 from launch import cli
 from launch.provenance import ROOT
 from tests.data.tiny import import_events
@@ -159,3 +161,30 @@ def test_codes_of_vectors_grow_with_their_codebooks(tmp_path: Path) -> None:
     assert (growth.new_codes, growth.codes.level_sizes) == (2, (2, 5))
     assert growth.codes.values.tolist()[8:] == [0, 3, 0, 4]
     assert len(load_codebooks(codebooks_path(tmp_path / "grown", "cooc"), growth.codes)[-1]) == 5
+
+
+def titles(*paths: list[int]) -> Catalogue:
+    """A catalogue of titles in a language model's tokens; 9 is its end token."""
+    start = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
+    values, start = complete_paths(np.concatenate(paths).astype(np.int32), start, 9)
+    return Catalogue(
+        vocabulary=Vocabulary([], text=TextBase(tokens=10, rows=10, pad=0, bos=1, eos=9)),
+        path_values=values,
+        path_start=start,
+        active=np.ones(len(paths), dtype=bool),
+        titles=tuple(map(str, paths)),
+        item_keys=tuple(f"i{number}" for number in range(len(paths))),
+        on_collision=OnCollision.SHARE,
+        provenance={},
+    )
+
+
+def test_a_title_keeps_its_tokens_when_a_later_one_continues_it() -> None:
+    heat, alien, heat_2 = [2, 3], [4], [2, 3, 5]
+    before = titles(heat, alien)
+    after = titles(heat, alien, heat_2)
+    assert [after.tokens(item).tolist() for item in range(3)] == [[2, 3, 9], [4], [2, 3, 5]]
+    assert same_tokens(before, after)
+    assert not same_tokens(after, before)
+    for other in (titles(heat, heat_2, alien), titles([2], [3, 4]), titles(heat, [4, 5], heat_2)):
+        assert not same_tokens(before, other)

@@ -72,6 +72,8 @@ def test_the_oldest_items_go_and_candidates_stay(folder: Path) -> None:
         ("{% for x in history %}{{ x }}{% endfor %}{{ need }}", "does not show all candidates"),
         ("{% for x in history %}{{ x }}{% endfor %}{{ need }}{{ candidates[:1] }}", "all candidates"),
         ("{% for x in history + candidates %}{{ x }}{% endfor %}", "does not show the need; legal: .* {{ need }}"),
+        ("{{ need }}{% for x in candidates or history %}{{ x }}{% endfor %}", "the whole history beside candidates"),
+        ("{{ need }}{{ candidates }}{{ history[-2:] if candidates else history }}", "the whole history beside"),
     ],
 )
 def test_a_template_shows_everything(folder: Path, template: str, message: str) -> None:

@@ -6,6 +6,7 @@ Bad templates and tokenizers are refused with one line. Not checked here: what a
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def test_a_text_begins_once(folder: Path) -> None:
         assert tokens[0] == 1
 
 
+def test_a_chat_template_that_tells_the_date_tells_one(folder: Path, tmp_path: Path) -> None:
+    """Llama's and others' do: a run that goes on tomorrow, or serves, must write the prompts it was trained on."""
+    shutil.copytree(folder, tmp_path / "dated")
+    dated = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(dated)
+    assert TextTokenizer.open(tmp_path / "dated").chat("hello") == "26 Jul 2024: hello"
+
+
 def test_need_and_candidates_are_written_where_they_are_given(folder: Path) -> None:
     template = PromptTemplate(
         TextSettings(items="codes", form="plain", instruction="Rank."), TextTokenizer.open(folder)
@@ -131,6 +140,8 @@ def test_answers_end_and_tasks_follow_their_weights(folder: Path) -> None:
         ({"template": "{{ history + 1 }}"}, r"text\.template: can only concatenate list"),
         ({"template": "{{ history }}{{ history[1] }}"}, "list object has no element 1"),
         ({"template": "{{ history }}{{ history.__class__.__mro__ }}"}, "access to attribute '__class__' .* is unsafe"),
+        ({"template": "{{ history }}{{ lipsum() }}"}, "'lipsum' is undefined"),
+        ({"template": "{{ history }}{{ history | random }}"}, "No filter named 'random'"),
         ({"template": "{% for x in history %}"}, "Unexpected end of template"),
         ({"template": "{{ user }}"}, "'user' is undefined"),
         ({"begin_with_bos": True, "form": "plain"}, None),

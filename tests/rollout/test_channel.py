@@ -25,7 +25,8 @@ from data.records import Decode, DecodeSpec, FloatArray, IntArray
 from rollout.buckets import Unpacker
 from rollout.channel import ChannelSettings, WeightChannel
 from rollout.engine import Engine, build_engine
-from rollout.movers import MoverKind
+from rollout.kept_push import KeptWriter
+from rollout.movers import MoverError, MoverKind
 from rollout.peers import LocalPeer
 from rollout.probe import Gap, check_gap, gap_limit, item_probe, probe_gap
 from rollout.push_failures import PushError, PushFailure
@@ -193,6 +194,28 @@ def test_an_engine_that_slept_computes_as_before(
     assert "wake" not in one.channel.push(2).seconds, "nobody slept"
 
 
+@pytest.mark.parametrize("mover", [MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO])
+def test_an_engine_that_cannot_wake_lets_nobody_wait(
+    mover: MoverKind, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tired: Any = reference(hf_dir)
+    one = rig({"tired": tired, "other": reference(hf_dir)}, mover=mover, folder=str(tmp_path))
+    tired.fall_asleep()
+
+    def full(_: object) -> None:
+        raise MemoryError("no room on the card")
+
+    monkeypatch.setattr(tired, "_take_memory", full)
+    with pytest.raises(PushError) as caught:
+        one.channel.push(1)
+    blames = caught.value.blames
+    assert (blames["tired"].reason, blames["tired"].text) == (PushFailure.ERROR, "MemoryError: no room on the card")
+    for name in ("learner", "other"):
+        assert blames[name].reason is PushFailure.HALF_WAY
+        assert "no room on the card" in blames[name].text, "told by the engine, not found out at the deadline"
+    assert tired.weight_version == IN_TRANSIT
+
+
 def test_vllm_sleeps_past_the_beam_loops_memory_and_wakes_around_the_push(
     vllm_engine: Any, rig: Callable[..., Rig], restored: Callable[[Engine], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +316,19 @@ def test_what_was_kept_is_checked_like_a_push(kept: Rig, hf_dir: Path, rig: Call
     assert refused(whole).blames["late"].reason is PushFailure.PROBE
 
 
+def test_a_kept_file_that_is_gone_is_forgotten(kept: Rig, tmp_path: Path) -> None:
+    path = tmp_path / "version-000005.buckets"
+    assert kept.channel.lost_kept() == ""
+    path.unlink()
+    assert kept.channel.lost_kept() == str(path)
+    assert kept.channel.kept is None
+    assert kept.channel.lost_kept() == ""
+    # The next push keeps anew.
+    kept.channel.source = LocalPeer("learner", kept.source)
+    kept.channel.push(6)
+    assert kept.channel.kept is not None
+
+
 def test_a_push_that_fails_leaves_nothing_behind(hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path) -> None:
     one = rig({"engine": reference(hf_dir)}, test_fault=PushFault.FAIL_HALF_WAY)
     one.channel.keep = tmp_path
@@ -300,11 +336,37 @@ def test_a_push_that_fails_leaves_nothing_behind(hf_dir: Path, rig: Callable[...
         one.channel.push(1)
     assert list(tmp_path.iterdir()) == []
     assert one.channel.kept is None
-    one.channel.keep = tmp_path / "absent"
     again = rig({"engine": reference(hf_dir)})
     again.channel.keep = tmp_path / "absent"
     with pytest.raises(PushError, match=r"learner \(error\): MoverError: .* so the push cannot be kept"):
         again.channel.push(1)
+
+
+@pytest.mark.parametrize("bucket_mib", [0.001, 0.03], ids=["buffered", "written"])
+def test_a_full_disk_is_named_and_the_engines_are_told_at_once(
+    bucket_mib: float, hf_dir: Path, rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    engine = reference(hf_dir)
+    one = rig({"engine": engine}, bucket_mib=bucket_mib)
+    one.channel.keep = tmp_path
+    # What is left of small writes in the file's buffer is refused once more when it is closed.
+    (tmp_path / "version-000001.part").symlink_to("/dev/full")
+    begun = time.monotonic()
+    with pytest.raises(PushError, match=r"learner \(error\): MoverError: .*\.part: No space left on device, so"):
+        one.channel.push(1)
+    assert time.monotonic() - begun < 8
+    assert list(tmp_path.iterdir()) == []
+    assert engine.weight_version == IN_TRANSIT
+
+
+def test_a_disk_that_is_full_at_the_last_bytes_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "version.part").symlink_to("/dev/full")
+    writer = KeptWriter(tmp_path / "version.buckets")
+    writer.write(torch.zeros(100, dtype=torch.uint8))
+    with pytest.raises(MoverError, match="No space left on device"):
+        writer.finish()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_untied_head_travels_too(untied_dir: Path, rig: Callable[..., Rig]) -> None:

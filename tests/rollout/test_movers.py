@@ -24,6 +24,7 @@ import torch
 
 from data.errors import RequestError
 from rollout import vllm_internals
+from rollout.collective_movers import _Group
 from rollout.movers import (
     ON_CARDS,
     BucketReceiver,
@@ -39,6 +40,7 @@ from rollout.movers import (
     open_sender,
 )
 from rollout.vllm_nccl import VllmNcclGroup
+from tests.requirements import require
 
 CPU_MOVERS = (MoverKind.SHARED_MEMORY, MoverKind.FILE, MoverKind.GLOO)
 BUFFER = 1 << 12
@@ -149,6 +151,38 @@ def test_vllms_communicator_gets_one_id_and_waits_for_the_buffer(monkeypatch: py
     stream = groups[0]._stream
     assert stream.waited == ["present"]
     assert groups[0]._communicator.asked == [(buffer, 0, stream), "destroy"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pending", "ended"),
+    [
+        (MoverKind.VLLM_NCCL, False, True),
+        (MoverKind.VLLM_NCCL, True, True),
+        (MoverKind.NCCL, False, False),
+        (MoverKind.NCCL, True, True),
+        (MoverKind.GLOO, True, False),
+    ],
+)
+def test_a_communicator_that_nobody_frees_is_ended(kind: MoverKind, pending: bool, ended: bool) -> None:
+    """Engines come and go, so that a run has many connections; vLLM's communicator outlives its last reference."""
+    asked: list[str] = []
+    group = _Group(Endpoint(kind=kind, address="h:1", receivers=1, buffer_bytes=BUFFER, slots=2), None, 0)
+    group.close()
+    group._group = SimpleNamespace(abort=lambda: asked.append("abort"))
+    group._pending = pending
+    group.close()
+    group.close()
+    assert asked == ["abort"] * ended
+
+
+def test_a_communicator_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own: it takes broadcasts without a word and moves nothing."""
+    require("vllm")
+    monkeypatch.setenv("VLLM_DISABLE_PYNCCL", "1")
+    monkeypatch.setattr(vllm_internals, "nccl_unique_id", lambda: bytes(128))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RequestError, match=r"weights\.mover: vllm_nccl, which vLLM has switched off; legal: nccl"):
+        VllmNcclGroup(store, 0, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("receivers", [1, 3])

@@ -101,12 +101,21 @@ class BookChannel:
     brought: list[str] = field(default_factory=list)
     fails: dict[str, Blame] = field(default_factory=dict)
     """Engines that the next `bring` fails at."""
+    gone: bool = False
+    """Whether somebody took away what is kept."""
 
-    def bring(self, name: str, peer: Any) -> None:
+    def lost_kept(self) -> str:
+        if self.kept is None or not self.gone:
+            return ""
+        self.kept = None
+        return "version-000001.buckets"
+
+    def bring(self, name: str, peer: Any) -> int:
         self.brought.append(name)
         if name in self.fails:
             raise PushError(self.kept.message.version, {name: self.fails.pop(name)})
         self.adopt(name, peer)
+        return int(self.kept.message.version)
 
     def adopt(self, name: str, peer: Any) -> None:
         self.engines[name] = peer
@@ -266,6 +275,22 @@ def test_without_a_kept_push_newcomers_wait_for_the_next_one() -> None:
     world.fleet.arriving = {"e-2"}
     world.fleet.bring()
     assert world.fleet.healthy() == ["e-0", "e-1"]
+    for name in ("e-0", "e-1"):
+        world.fleet.health.died(name, 0, LossReason.DIED, 0.0)
+    with pytest.raises(EngineFailure, match="e-1: died"):
+        world.fleet.rejoin(lost("e-1"))
+
+
+def test_a_kept_push_that_somebody_took_away_costs_no_engine() -> None:
+    world = working()
+    world.wanted = 3
+    world.healing.push(1)
+    world.channel.gone = True
+    world.fleet.arriving = {"e-2"}
+    for _ in range(3):
+        world.fleet.bring()
+    assert world.said[-1] == "version-000001.buckets is gone: engines that come up wait for the next push"
+    assert (world.channel.brought, world.healing.restarts) == ([], 0)
     for name in ("e-0", "e-1"):
         world.fleet.health.died(name, 0, LossReason.DIED, 0.0)
     with pytest.raises(EngineFailure, match="e-1: died"):

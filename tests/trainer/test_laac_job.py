@@ -237,6 +237,11 @@ def test_a_cache_is_read_only_where_it_was_asked_alike(dataset: Dataset, tmp_pat
         other = job.laac.reference.model_copy(update=changes)
         with pytest.raises(RequestError, match=f"{where}: "):
             ReferenceAnswers.read(path, description(sessions, other, None))
+    alone = LaacJob.model_validate(
+        content(dataset, method="reference", reference={"cache": str(tmp_path / "train.parquet"), "test_rows": False})
+    )
+    with pytest.raises(RequestError, match=r"test rows were not asked; legal: .*test_rows true"):
+        LaacRun(alone, tmp_path / "alone", lambda step, metrics: None).run(lambda: False)
     empty = ReferenceAnswers(
         event_M=answers.event_M, user_M=answers.user_M, item_MR=np.full_like(answers.item_MR, -1), asked=asked
     )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from data.errors import RequestError
 from tests.small_world import recipe
+from trainer import policy_run
 from trainer.jobs import RlJob
 from trainer.preflight import Ask, Node, asks, check_heads, check_mover, deal, missing
 
@@ -38,6 +39,30 @@ def test_what_a_job_asks_for() -> None:
     halves = {"learner": {"ranks": 2, "gpus": 0.5}, "cluster": {"colocated": True}}
     pairs = job(rollout={"engines": 2, "gpus": 0.25}, **halves)
     assert asks(pairs, with_fleet=True, on_gpus=True) == [Ask(part="rollout.engines", count=2, cpus=2, gpus=0.75)]
+
+
+def test_pairs_are_reserved_for_engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colocated job that trains from a dump starts no engine: its ranks need the GPUs that the pairs would have."""
+    reserved: list[tuple[int, float]] = []
+
+    def pairs(count: int, *, gpus: float, **_: Any) -> str:
+        reserved.append((count, gpus))
+        return "pairs"
+
+    monkeypatch.setattr(policy_run, "pairs", pairs)
+    halves = {"learner": {"ranks": 2, "gpus": 0.5}, "cluster": {"colocated": True}}
+    both = job(rollout={"engines": 2, "gpus": 0.25}, **halves)
+
+    def placed(*, with_fleet: bool) -> list[Any]:
+        plan = deal(asks(both, with_fleet=with_fleet, on_gpus=True), [GPU_NODE])
+        assert plan.fits
+        return [place.shared for place in policy_run.placements(both, plan)]
+
+    assert placed(with_fleet=True) == ["pairs", "pairs"]
+    assert placed(with_fleet=False) == [None, None]
+    assert reserved == [(2, 0.75)]
+    with pytest.raises(RequestError, match=r"cluster\.learner_node: far; legal: none, or cluster\.engine_node"):
+        job(rollout={"engines": 2}, learner={"ranks": 2}, cluster={"colocated": True, "learner_node": "far"})
 
 
 def test_parts_without_gpus_leave_the_gpu_nodes_alone() -> None:

@@ -1,6 +1,7 @@
 """Contract of the reference policy, through the command and a real vLLM fleet: every state is answered once, by its
 candidates in the order of the model's probabilities, found here by plain transformers; a second run reads the cache and
-starts no engine; the model alone is evaluated as lists; another model is refused.
+starts no engine; the model alone is evaluated as lists; another model is refused. A language model's prompt tells the
+candidates, where it has room.
 
 Not checked: the learner on top (test_laac_job.py), constrained decoding itself (tests/rollout).
 """
@@ -17,12 +18,18 @@ import torch
 
 from data.catalogue import Catalogue
 from data.dataset import Dataset
+from data.errors import RequestError
+from data.text_tokenizer import TextTokenizer
 from data.transitions import Sessions
 from launch.cli import run
 from tests.requirements import require
 from tests.small_world import read_steps, write_dataset, write_recipe
+from tests.small_world import recipe as small_recipe
+from tests.tiny_language import write_language
 from tests.tiny_model import write_tiny_model
-from trainer.jobs import LaacJob
+from trainer.jobs import LaacJob, SftJob
+from trainer.laac_settings import ReferenceSettings
+from trainer.policy_data import PolicyData
 from trainer.prompt_card import PromptCard
 from trainer.reference_answers import ReferenceAnswers
 from trainer.reference_policy import _Prompts, description, model_digest
@@ -90,6 +97,46 @@ def test_a_model_answers_each_state_once(
     assert "model_digest" in capsys.readouterr().err
 
 
+def test_a_language_model_is_shown_the_candidates(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "source")
+    base = write_language(tmp_path / "base")
+    made = SftJob.model_validate(
+        small_recipe(
+            dataset.path,
+            "sft",
+            init=str(base),
+            text={"items": "titles"},
+            data={"max_prompt_tokens": 240},
+            learner={"row_tokens": 320, "token_budget": 640},
+            rollout={"max_model_len": 320},
+        )
+    )
+    data = PolicyData.open(made)
+    PromptCard.of(made.data, made.lists, made.text).write(base)
+    sessions = Sessions(dataset, LaacJob.model_validate(content(dataset, base, tmp_path / "cache")).data)
+    events = sessions.transitions.event_N[-4:]
+    longest = int(np.diff(data.catalogue.path_start).max())
+    tokenizer = TextTokenizer.open(base, made.text.pad_token)
+    lengths = []
+    for shown in (True, False):
+        settings = ReferenceSettings(candidates=CANDIDATES, window=WINDOW, show_candidates=shown)
+        rows, prompts = _Prompts(sessions, settings, data.catalogue, base, 400).of(events, range(4))
+        assert rows == [0, 1, 2, 3]
+        for event, prompt in zip(events.tolist(), prompts, strict=True):
+            lines = tokenizer.decode(prompt.token_ids.tolist()).replace("<|end|>", "\n").splitlines()
+            assert prompt.history.tolist() == sessions.item_E[event - WINDOW : event].tolist()
+            assert prompt.candidates is not None
+            assert len(prompt.candidates) == CANDIDATES
+            told = [item for item in prompt.candidates.tolist() if f"- {data.catalogue.titles[item]}" in lines]
+            assert told == (prompt.candidates.tolist() if shown else [])
+        lengths.append(max(len(prompt.token_ids) for prompt in prompts))
+    told = ReferenceSettings(candidates=CANDIDATES, window=WINDOW)
+    # With the answer a prompt may be as long as the engine takes; no shorter one has room for all candidates.
+    _Prompts(sessions, told, data.catalogue, base, lengths[0] + longest).of(events, range(4))
+    with pytest.raises(RequestError, match=r"max_prompt_tokens: .* for 7 candidates"):
+        _Prompts(sessions, told, data.catalogue, base, lengths[1] + longest).of(events, range(4))
+
+
 def check_against_transformers(
     sessions: Sessions, job: LaacJob, catalogue: Catalogue, model: Path, answers: ReferenceAnswers
 ) -> None:
@@ -98,7 +145,7 @@ def check_against_transformers(
 
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows = range(12)
-    _, prompts = _Prompts(sessions, job.laac.reference, catalogue, model).of(answers.event_M, rows)
+    _, prompts = _Prompts(sessions, job.laac.reference, catalogue, model, None).of(answers.event_M, rows)
     for row, prompt in zip(rows, prompts, strict=True):
         event = int(answers.event_M[row])
         start = int(sessions.start_of(np.array([event]))[0])

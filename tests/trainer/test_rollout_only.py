@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from data.errors import RequestError
 from data.feed import Feed
 from data.records import DecodeSpec, Finish, Groups, Prompt
 from reward.scoring import RewardScorer
+from rollout.fleet import RolloutFleet
 from tests.small_world import recipe, write_dataset
+from tests.tiny_language import write_language
 from trainer.group_dump import read_step, steps_in
+from trainer.initial_model import check_fits
 from trainer.interruption import Interruption
 from trainer.jobs import RlJob
 from trainer.policy_data import PolicyData
 from trainer.policy_jobs import planned_steps
-from trainer.rollout_only import check_folder, dumped
+from trainer.rollout_only import check_folder, dump_rollouts, dumped
 
 
 @dataclasses.dataclass
@@ -97,3 +101,37 @@ def test_two_dumps_are_never_mixed(data: PolicyData, tmp_path: Path) -> None:
 def test_every_limit_counts(limits: dict[str, float | None], steps: int) -> None:
     job = RlJob.model_validate(recipe(Path("none"), "rl", limits=limits))
     assert planned_steps(job, 10) == steps
+
+
+class Started(Exception):
+    """The fleet was asked for."""
+
+
+def test_a_dump_of_a_pretrained_model_begins_with_its_extended_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, base = write_dataset(tmp_path / "source"), write_language(tmp_path / "base")
+    content = recipe(
+        dataset.path,
+        "rl",
+        init=str(base),
+        text={"items": "codes"},
+        data={"max_prompt_tokens": 240},
+        learner={"row_tokens": 320, "token_budget": 640},
+        rollout={"max_model_len": 320},
+        rollout_only=str(tmp_path / "dump"),
+    )
+    job = RlJob.model_validate(content)
+    data = PolicyData.open(job)
+    folders: list[Path] = []
+
+    def start(_: object, hf_dir: Path, __: object) -> None:
+        folders.append(hf_dir)
+        raise Started
+
+    monkeypatch.setattr(RolloutFleet, "start", start)
+    rewards: Any = None
+    feed: Any = None
+    with pytest.raises(Started):
+        dump_rollouts(job, data, feed, rewards, tmp_path / "run", Interruption(), steps=1)
+    check_fits(folders[0], data.catalogue)
