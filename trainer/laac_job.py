@@ -27,7 +27,7 @@ from data.transitions import Sessions
 from reward.artefact import RankerArtefact
 from reward.laac import LaacRanker, LaacShape
 from reward.metrics import tail_items
-from trainer.checkpoints import CheckpointStore, Facts, open_checkpoint, open_model, read_manifest
+from trainer.checkpoints import CheckpointStore, Facts, check_own, open_checkpoint, open_model, read_manifest
 from trainer.jobs import LaacJob
 from trainer.laac_batches import TransitionTable
 from trainer.laac_evaluation import SessionEvaluation, answer_lists, invalid_rate, sampled, without_invalid
@@ -227,6 +227,7 @@ class LaacRun:
         job, progress = self.job, self._progress
         newest = self.store.latest()
         if newest is not None:
+            check_own(self.store.root, newest)
             open_checkpoint(newest, self.facts)
             group.load(newest / "state")
             progress.read(newest / PROGRESS)

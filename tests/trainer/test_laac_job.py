@@ -307,3 +307,14 @@ def test_a_baseline_asks_no_reference(dataset: Dataset, tmp_path: Path) -> None:
     assert (float(weights.max()), counts, answers) == (0.0, {}, None)
     asking = LaacJob.model_validate(content(dataset, reference={"kind": "llm", "model": "runs/sft"}))
     assert needs_cluster(asking, tmp_path)
+
+
+def test_the_state_of_others_is_not_continued(dataset: Dataset, tmp_path: Path) -> None:
+    made = LaacRun(LaacJob.model_validate(content(dataset)), tmp_path, lambda step, metrics: None)
+    with made.store.writing(20, made.facts, metric=None, score=None) as folder:
+        (folder / "state").mkdir()
+        (folder / "state" / "rank-0.safetensors").write_text("weights")
+    (made.store.path(20) / "state" / "rank-0.safetensors").chmod(0o666)
+    group: Any = None
+    with pytest.raises(RequestError, match=r"rank-0\.safetensors: may be written by everyone"):
+        made._train(group, lambda: True)
