@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from data.errors import RequestError, RunError
 from launch.provenance import library_versions
@@ -79,12 +80,25 @@ def judge(nodes: Mapping[str, NodeFacts], *, here: NodeFacts, asked_at: float) -
             raise RunError(f"the clock of {where} is {skew:+.0f} s off the driver's; at most {LARGEST_SKEW_S:.0f} s")
 
 
+def _answer(call: Any, address: str) -> NodeFacts:
+    import ray
+
+    try:
+        return cast(NodeFacts, ray.get(call))
+    except ray.exceptions.RayError as error:
+        told = " ".join(str(getattr(error, "cause", None) or error).split())
+        raise RunError(
+            f"node {address} cannot run the windlass of the driver: {told[:400]}; install the same version, with its "
+            "dependencies, on every node"
+        ) from error
+
+
 def check_nodes(folders: Sequence[Path], *, deadline_s: float = DEADLINE_S) -> None:
     """Check every node of the connected Ray cluster.
 
     Raises:
         RequestError: a node does not share a folder.
-        RunError: a node does not answer in time, or has other libraries or another time.
+        RunError: a node does not answer in time, cannot run our packages, or has other libraries or another time.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -107,7 +121,7 @@ def check_nodes(folders: Sequence[Path], *, deadline_s: float = DEADLINE_S) -> N
         ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=deadline_s)
         if late:
             raise RunError(f"node {calls[late[0]]} did not answer within {deadline_s:.0f} s")
-        judge({calls[call]: ray.get(call) for call in ready}, here=look({}), asked_at=asked_at)
+        judge({calls[call]: _answer(call, calls[call]) for call in ready}, here=look({}), asked_at=asked_at)
     finally:
         for path in markers:
             Path(path).unlink(missing_ok=True)

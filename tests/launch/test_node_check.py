@@ -1,5 +1,5 @@
 """Contract: a node that lacks the run directory, has another folder there, cannot write it, or has other libraries or
-another clock is named in one line; nodes that fit pass.
+another clock, or cannot run our packages, is named in one line; nodes that fit pass.
 
 The judgement on made-up nodes, and the look at this machine. The task on every node of a real cluster is part of
 tests/launch/submission.
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from data.errors import RequestError, RunError
-from launch.node_check import NodeFacts, judge, look
+from launch.node_check import NodeFacts, check_nodes, judge, look
+from tests.requirements import require
 
 HERE = NodeFacts(host="driver", time=1000.0, libraries={"torch": "2", "ray": "1"}, folders={})
 
@@ -55,3 +58,36 @@ def test_a_look_at_folders(tmp_path: Path) -> None:
     }
     assert sorted(path.name for path in right.iterdir()) == ["marker"]
     assert found.libraries["torch"]
+
+
+def test_a_node_without_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for Ray: what its worker says on such a node, whose tasks cannot begin."""
+    require("ray")
+    import ray
+    from ray.exceptions import RayTaskError, WorkerCrashedError
+
+    def asked(error: Exception) -> str:
+        def get(call: object) -> object:
+            if call == "b0" * 28:
+                raise error
+            return HERE
+
+        class Task:
+            def options(self, *, scheduling_strategy: Any) -> Any:
+                return SimpleNamespace(remote=lambda _: scheduling_strategy.node_id)
+
+        ids = {"a0" * 28: "at-good", "b0" * 28: "at-bare"}
+        nodes = [{"NodeID": name, "NodeManagerAddress": place, "Alive": True} for name, place in ids.items()]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Task())
+        monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls, []))
+        monkeypatch.setattr(ray, "get", get)
+        with pytest.raises(RunError) as caught:
+            check_nodes([])
+        return str(caught.value)
+
+    crashed = asked(WorkerCrashedError())
+    assert crashed.startswith("node at-bare cannot run the windlass of the driver: The worker died unexpectedly")
+    assert crashed.endswith("; install the same version, with its dependencies, on every node")
+    absent = ModuleNotFoundError("No module named 'xxhash'")
+    assert "No module named 'xxhash'" in asked(RayTaskError("look", "long\ntraceback", absent))
