@@ -88,7 +88,6 @@ def samples(step: int, metrics: Mapping[str, Any]) -> list[Sample]:
     """The gauges of a step, and one observation per group of its staleness; counters are in `counts`."""
     found = [Sample(name="windlass_step", value=float(step))]
     single = {
-        "weight_version": "windlass_weight_version",
         "perf/tokens_per_s": "windlass_tokens_per_second",
         "reward/mean": "windlass_reward_mean",
         "loss": "windlass_loss",
@@ -169,6 +168,9 @@ class RunGauges:
                 Sample(name="windlass_engines", value=float(states[state]), tags=(("state", state.value),))
                 for state in EngineState
             ]
+            # Not the step's own metric, which tells what generated its groups.
+            if fleet.health.version is not None:
+                gauges.append(Sample(name="windlass_weight_version", value=float(fleet.health.version)))
         for sample in gauges:
             tags = {"run": self._run, **dict(sample.tags)}
             metric = self._metrics[sample.name]
