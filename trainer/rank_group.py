@@ -105,14 +105,26 @@ class RankGroup:
             for rank in range(settings.ranks)
         ]
         group = cls(settings, None, actors, placement)
-        addresses = group._wait([a.address.remote() for a in actors])
+        try:
+            group._meet(arguments)
+        except BaseException:
+            # Whoever begins again from a checkpoint needs the room.
+            group.close()
+            raise
+        return group
+
+    def _meet(self, arguments: dict[str, Any]) -> None:
+        """Build the ranks, which find each other at the first one's address."""
+        import ray
+
+        ranks = len(self._actors)
+        addresses = self._wait([actor.address.remote() for actor in self._actors])
         one_node = len({node for node, _, _ in addresses}) == 1
         host, port = LOOPBACK if one_node else addresses[0][1], addresses[0][2]
-        group.host = addresses[0][1] if len({n["NodeManagerAddress"] for n in ray.nodes()}) > 1 else LOOPBACK
+        self.host = addresses[0][1] if len({n["NodeManagerAddress"] for n in ray.nodes()}) > 1 else LOOPBACK
         shared = ray.put(arguments)
-        places = [RankPlace(rank=rank, ranks=settings.ranks, host=host, port=port) for rank in range(settings.ranks)]
-        group._wait([a.build.remote(shared, place) for a, place in zip(actors, places, strict=True)])
-        return group
+        places = [RankPlace(rank=rank, ranks=ranks, host=host, port=port) for rank in range(ranks)]
+        self._wait([actor.build.remote(shared, place) for actor, place in zip(self._actors, places, strict=True)])
 
     # -- calls
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from data.errors import RunError
 from data.trie import ItemTrie
+from rollout.placement import Placement
 from rollout.probe import Probe, probe_gap
 from rollout.receiving import PushMessage
 from tests.requirements import require
@@ -25,6 +26,8 @@ from tests.trainer.learner_world import make_completions, make_constraint, make_
 from tests.trainer.rank_process import sft_rows
 from trainer.learner import Learner
 from trainer.learner_group import LearnerGroup
+from trainer.rank_group import RankActor
+from trainer.ranks import RankPlace
 from trainer.settings import LearnerSettings
 
 
@@ -79,6 +82,21 @@ def test_actors_equal_the_local_learner(groups: tuple[LearnerGroup, LearnerGroup
     assert np.abs(scores.ref_logp_PGT - scores.logp_PGT).max() > 1e-3  # the reference stayed where it was
     assert actors.evaluate_nll(sft_rows()) == pytest.approx(local.evaluate_nll(sft_rows()), rel=1e-4)
     assert actors.step == local.step == 4
+
+
+class Refusing(RankActor):
+    """A rank that does not come up."""
+
+    def make(self, arguments: dict[str, Any], place: RankPlace) -> Any:
+        raise RunError(f"rank {place.rank}: no such model")
+
+
+def test_ranks_that_do_not_come_up_give_their_room_back(groups: tuple[LearnerGroup, LearnerGroup]) -> None:
+    """The learners of the fixture hold two of the four CPUs: there is room for two ranks, once."""
+    settings = LearnerSettings.model_validate({"ranks": 2, "device": "cpu", "threads": 1})
+    for _ in range(2):
+        with pytest.raises(RunError, match="no such model"):
+            LearnerGroup.start_ranks(settings, Refusing, {}, Placement(deadline_s=20.0))
 
 
 def test_source_of_the_weight_channel(groups: tuple[LearnerGroup, LearnerGroup]) -> None:
