@@ -79,6 +79,8 @@ ENVIRONMENT = """## Environment variables
 | variable | meaning |
 |---|---|
 | `WINDLASS_REWARD_TOKEN` | bearer token of the reward service; another name by `reward.token_env` |
+| `WINDLASS_SERVE_TOKEN` | bearer token of `windlass serve`; another name by `--token-env` |
+| `WINDLASS_METRICS_TOKEN` | the same of the metrics of `continual`; another name by `continual.metrics.token_env` |
 | `WINDLASS_FAULT` | `POINT:N` kills a process at a named point; see [fault points](training.md#fault-points) |
 | `WINDLASS_PACKAGE_DIGEST` | `unchecked` switches off the check that workers import the driver's packages |
 | `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,trl,obp,shared-data`) whose absence fails tests, not skips them |

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hmac
+import os
+import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server, write_to_textfile
+from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from pydantic import Field
 
 from data.errors import RequestError
@@ -16,6 +23,7 @@ from data.settings import Settings
 from launch.continual.journal import Pass, PassState
 from launch.continual.reasons import Decision
 from launch.continual.webhook import Delivery
+from reward.settings import is_loopback
 
 PREFIX = "windlass_continual"
 
@@ -28,7 +36,21 @@ class MetricsSettings(Settings):
     port: int | None = Field(None, ge=1, le=65535)
     """Port that answers GET /metrics while the service runs; null opens none."""
     host: str = "127.0.0.1"
-    """Address of that port."""
+    """Address of that port. Any address but a loopback one requires the token."""
+    token_env: str = Field("WINDLASS_METRICS_TOKEN", min_length=1)
+    """Environment variable with the bearer token of whoever asks; the token itself never enters a configuration."""
+
+    def token(self) -> str | None:
+        """The token, which may be missing on a loopback address only.
+
+        Raises:
+            RequestError: another address without a token.
+        """
+        token = os.environ.get(self.token_env, "").strip() or None
+        if token is None and not is_loopback(self.host):
+            legal = f"127.0.0.1, ::1 or localhost, or a bearer token in the environment variable {self.token_env}"
+            raise RequestError("continual.metrics.host", self.host, legal)
+        return token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +129,45 @@ class ServiceCollector:
         """Replace a textfile as a whole."""
         write_to_textfile(str(path), self.registry)
 
-    def listen(self, host: str, port: int) -> None:
-        """Answer GET /metrics in a thread until the process ends.
+    def listen(self, host: str, port: int, token: str | None) -> None:
+        """Answer GET /metrics in a thread until the process ends, with a token only to who sends it.
 
         Raises:
             RequestError: an address that cannot be listened on.
         """
+
+        class Server(ThreadingWSGIServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            start_http_server(port, addr=host, registry=self.registry)
+            server = make_server(host, port, guarded(make_wsgi_app(self.registry), token), Server, _Silent)
         except OSError as error:
             legal = "a free port of this machine"
             raise RequestError("continual.metrics.port", f"{host}:{port} ({error.strerror})", legal) from error
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Silent(WSGIRequestHandler):
+    """Writes no line for every scrape."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def guarded(app: Any, token: str | None) -> Any:
+    """A WSGI application that answers 401 to who does not send the bearer token; the application itself without one."""
+    if token is None:
+        return app
+    wanted = b"Bearer " + token.encode()
+
+    def checked(environ: dict[str, Any], start: Any) -> Any:
+        given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
+        if hmac.compare_digest(given, wanted):
+            return app(environ, start)
+        start("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
+        return [b"the bearer token is missing or wrong\n"]
+
+    return checked
 
 
 def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

@@ -51,7 +51,7 @@ class Observer:
             clock: seconds since 1970.
 
         Raises:
-            RequestError: a port in use, or a secret that is not set.
+            RequestError: a port in use, an address without a token, or a secret that is not set.
         """
         self._registry = registry
         self._journal = Journal(registry.root / "continual" / "journal", Files())
@@ -62,7 +62,7 @@ class Observer:
         self._clock = clock
         self.collector = ServiceCollector()
         if metrics.port is not None:
-            self.collector.listen(metrics.host, metrics.port)
+            self.collector.listen(metrics.host, metrics.port, metrics.token())
         self._seen = -1
         self._told, self._deliveries = self._begin()
         if self._webhook is not None:

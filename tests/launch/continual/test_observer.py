@@ -1,6 +1,6 @@
 """Contract: promotions and rejections are told once each, in order, signed, also when the process that decided died
 before; a receiver that fails, hangs or refuses costs its deadline and a count, and changes neither a decision nor what
-is on the disk; metrics are those of the journal, in a textfile and on a port.
+is on the disk; metrics are those of the journal, in a textfile and on a port, which others reach with a token only.
 
 The updater is the stub of world.py; messages travel over real HTTP to a server of this process. `windlass continual`
 with these settings: tests/launch/serving/test_whole_circle.py.
@@ -188,6 +188,24 @@ def test_metrics_are_those_of_the_journal(tmp_path: Path) -> None:
         assert wanted in page
     with pytest.raises(RequestError, match=r"continual\.metrics\.port"):
         Observer(registry, MetricsSettings(port=port), WebhookSettings())
+
+
+def test_a_port_for_others_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, port = run_cycle(tmp_path), free_port("0.0.0.0")
+    metrics = MetricsSettings(port=port, host="0.0.0.0", token_env="SCRAPE")
+    monkeypatch.delenv("SCRAPE", raising=False)
+    with pytest.raises(
+        RequestError, match=r"continual\.metrics\.host: 0\.0\.0\.0; legal: 127\.0\.0\.1, .* variable SCRAPE"
+    ):
+        Observer(registry, metrics, WebhookSettings())
+    monkeypatch.setenv("SCRAPE", "s3cret")
+    Observer(registry, metrics, WebhookSettings())
+    url = f"http://127.0.0.1:{port}/metrics"
+    for given, status in ((None, 401), ("Bearer other", 401), ("Bearer s3cret", 200)):
+        headers = {} if given is None else {"Authorization": given}
+        answer = httpx.get(url, headers=headers, trust_env=False)
+        assert answer.status_code == status
+        assert ("windlass_continual" in answer.text) == (status == 200)
 
 
 def test_a_secret_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
