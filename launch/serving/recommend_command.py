@@ -61,7 +61,7 @@ class RecommendCommand(ExposureSettings):
 def recommend_command(
     arguments: Annotated[RecommendCommand, tyro.conf.arg(name=""), tyro.conf.EnumChoicesFromValues],
 ) -> dict[str, Any]:
-    """Recommend for every context of a Parquet file; the same rows and columns come back with what is shown."""
+    """Recommend for every context of a Parquet file; its rows come back, in any order, with what is shown for each."""
     engines = serving_engines(arguments.rollout, arguments, width=max(arguments.beams, arguments.k))
     hf_dir = open_model(arguments.checkpoint).resolve()
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
@@ -126,7 +126,6 @@ def write(arguments: RecommendCommand, engines: RolloutSettings, hf_dir: Path, v
     import ray
 
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # A wrong context is wrong every time.
     context.max_errored_blocks = 0
