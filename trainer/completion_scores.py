@@ -58,18 +58,11 @@ def score_batches(
     outputs["legal_PGT"] = np.zeros(shape, dtype=np.bool_)
     for batch in batches:
         moved = batch.to(device)
-        scores = token_scores(policy(moved), moved, legal_sets(table, batch, device), temperature)
+        scores = token_scores(policy(moved), moved, table.sets(batch).to(device), temperature)
         slots = batch.slot_K.numpy()
         for name, array in outputs.items():
             array.reshape(-1)[slots] = getattr(scores, name.replace("_PGT", "_K")).cpu().numpy()
     return outputs
-
-
-def legal_sets(table: LegalTable, batch: TreeBatch, device: torch.device) -> Any:
-    """Legal sets of a batch, the place of each token in them, and whether it is legal; on `device`."""
-    sets, place_K, legal_K = table.sets(batch)
-    moved = type(sets)(sets.token_NC.to(device), sets.legal_NC.to(device))
-    return moved, place_K.to(device), legal_K.to(device)
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ from rollout.movers import Endpoint, MoverRequest
 from rollout.probe import Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 from rollout.sending import Outbox
-from trainer.completion_scores import ScoreOutputs, legal_sets, score_batches, score_probe
+from trainer.completion_scores import ScoreOutputs, score_batches, score_probe
 from trainer.dropout import BranchDropout
 from trainer.export import export_hf
 from trainer.learner_state import OptimiserState, load_state, save_state
-from trainer.legal import LegalTable, replay
+from trainer.legal import LegalTable, TargetSets, replay
 from trainer.lora import Adapter, Part, code_rows, wire_name
 from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_loss
 from trainer.micro_batches import micro_batches
@@ -210,7 +210,7 @@ class Learner:
             moved = batch.to(self._device)
             scores, anchor = self._graded_scores(
                 moved,
-                legal_sets(table, batch, self._device),
+                table.sets(batch).to(self._device),
                 inputs.temperature,
                 entropy_gradient=inputs.entropy_weight_PGT is not None,
             )
@@ -222,7 +222,7 @@ class Learner:
         return self._finish_step(join_statistics(parts))
 
     def _graded_scores(
-        self, batch: TreeBatch, legal: Any, temperature: float, *, entropy_gradient: bool
+        self, batch: TreeBatch, legal: TargetSets, temperature: float, *, entropy_gradient: bool
     ) -> tuple[TokenScores, Tensor]:
         """Scores for a loss, and a number that hangs on all weights."""
         positions = self.settings.head_positions

@@ -21,11 +21,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.constraint import LegalSets, legal_log_softmax
 from data.errors import RequestError
+from trainer.legal import TargetSets
 from trainer.tempering import token_certainty
 from trainer.tree_attention import ATTENTION
 from trainer.trees import TreeBatch, lay_out, sequence_pieces
@@ -149,7 +151,7 @@ class TokenScores(NamedTuple):
     choices_K: Tensor
     """Number of legal continuations."""
     legal_K: Tensor
-    """bool, whether the token is in its legal set."""
+    """bool, whether the token is legal."""
 
 
 def full_log_probabilities(logits_UV: Tensor, batch: TreeBatch) -> Tensor:
@@ -162,7 +164,7 @@ def full_log_probabilities(logits_UV: Tensor, batch: TreeBatch) -> Tensor:
 def token_scores(
     logits_UV: Tensor,
     batch: TreeBatch,
-    legal: tuple[LegalSets, Tensor, Tensor],
+    legal: TargetSets,
     temperature: float,
     *,
     entropy_gradient: bool = False,
@@ -171,11 +173,11 @@ def token_scores(
 
     Args:
         logits_UV: from `Policy`.
-        legal: from `trainer.legal.LegalTable.sets`, for the same batch: sets `[U, C]`, place and legality `[K]`.
+        legal: from `trainer.legal.LegalTable.sets`, for the same batch.
         temperature: the rollout temperature.
         entropy_gradient: for an entropy bonus.
     """
-    sets, place_K, legal_K = legal
+    sets, place_K, legal_K, open_K = legal
     wide_UV = logits_UV.float()
     log_total_U = wide_UV.logsumexp(1)
     full_logp_K = wide_UV[batch.source_K, batch.target_K] - log_total_U[batch.source_K]
@@ -188,7 +190,7 @@ def token_scores(
         choices_U = sets.legal_NC.sum(1).float()
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_U = -(logp_UC.exp() * logp_UC.masked_fill(~sets.legal_NC, 0.0)).sum(1)
-    return TokenScores(
+    scores = TokenScores(
         logp_K=logp_K,
         full_logp_K=full_logp_K,
         legal_mass_K=mass_U[batch.source_K],
@@ -197,23 +199,60 @@ def token_scores(
         choices_K=choices_U[batch.source_K],
         legal_K=legal_K,
     )
+    if open_K is None:
+        return scores
+    set_UC = wide_UV.gather(1, sets.token_NC) / temperature
+    log_set_U = set_UC.masked_fill(~sets.legal_NC, -torch.inf).logsumexp(1)
+    above_K = wide_UV[batch.source_K, batch.target_K] / temperature - log_set_U[batch.source_K]
+    sum_U = logp_UC.detach().masked_fill(~sets.legal_NC, 0.0).sum(1)
+    own = _with_own_token(scores, above_K, sum_U[batch.source_K], entropy_gradient=entropy_gradient)
+    return TokenScores(*(torch.where(open_K, new, old) for new, old in zip(own, scores, strict=True)))
+
+
+def _with_own_token(scores: TokenScores, above_K: Tensor, sum_K: Tensor, *, entropy_gradient: bool) -> TokenScores:
+    """The scores over legal sets to which each target is added, in which it is not.
+
+    Args:
+        scores: over the sets as they are.
+        above_K: the target's logit at the rollout temperature minus the logsumexp of its set, with gradient.
+        sum_K: sum of the log-probabilities of its set, without.
+    """
+    logp_K, rest_K = -softplus(-above_K), -softplus(above_K)
+    count_K = scores.choices_K + 1
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy_K = -logp_K.exp() * logp_K + rest_K.exp() * (scores.entropy_K - rest_K)
+    # Relative to the logsumexp of the set: that of the larger one is -rest, the mean of its logits (sum + above) / n.
+    certainty_K = (-rest_K - (sum_K + above_K) / count_K - count_K.log()).clamp_min(0).detach()
+    return TokenScores(
+        logp_K=logp_K,
+        full_logp_K=scores.full_logp_K,
+        legal_mass_K=scores.legal_mass_K + scores.full_logp_K.detach().exp(),
+        entropy_K=entropy_K,
+        certainty_K=certainty_K,
+        choices_K=count_K,
+        legal_K=scores.legal_K,
+    )
 
 
 def token_scores_in_stretches(
     policy: Callable[..., Any],
     batch: TreeBatch,
-    legal: tuple[LegalSets, Tensor, Tensor],
+    legal: TargetSets,
     temperature: float,
     *,
     positions: int,
     entropy_gradient: bool = False,
 ) -> tuple[TokenScores, Tensor]:
     """`token_scores` of a policy, with logits of `positions` head positions at a time, and the number for fillers."""
-    sets, place_K, legal_K = legal
+    sets, place_K, legal_K, open_K = legal
 
     def score(logits_UV: Tensor, some: TreeBatch, stretch: Stretch) -> tuple[Tensor, ...]:
-        mine = LegalSets(sets.token_NC[stretch.heads], sets.legal_NC[stretch.heads])
-        here = mine, place_K[stretch.target_M], legal_K[stretch.target_M]
+        here = TargetSets(
+            sets=LegalSets(sets.token_NC[stretch.heads], sets.legal_NC[stretch.heads]),
+            place_K=place_K[stretch.target_M],
+            legal_K=legal_K[stretch.target_M],
+            open_K=None if open_K is None else open_K[stretch.target_M],
+        )
         return tuple(token_scores(logits_UV, some, here, temperature, entropy_gradient=entropy_gradient))
 
     *scores, anchor = policy(batch, HeadReduction(positions, score))

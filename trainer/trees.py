@@ -45,12 +45,19 @@ class Completions:
     """False slots are absent and cost nothing."""
     exclusions: list[IntArray]
     """Items that the constraint is replayed with: those each prompt may not get, or the candidates of its list."""
+    open_PG: BoolArray | None = None
+    """Members that may leave the constraint, each for itself (`trainer.legal`); None where none may."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(P, G, T)."""
         prompts, members, tokens = self.token_PGT.shape
         return prompts, members, tokens
+
+    @property
+    def may_leave_PG(self) -> BoolArray:
+        """`open_PG`, also where it is None."""
+        return np.zeros(self.length_PG.shape, np.bool_) if self.open_PG is None else self.open_PG
 
     @property
     def token_mask_PGT(self) -> BoolArray:
@@ -68,6 +75,7 @@ class Completions:
             token_PGT=self.token_PGT[rows],
             length_PG=self.length_PG[rows],
             valid_PG=self.valid_PG[rows],
+            open_PG=None if self.open_PG is None else self.open_PG[rows],
         )
 
     @staticmethod
@@ -103,18 +111,20 @@ class Completions:
             exclusions=[np.zeros(0, dtype=np.int32)] * len(runs),
         )
 
-    def with_members(self, token_PGT: IntArray, length_PG: IntArray) -> Completions:
+    def with_members(self, token_PGT: IntArray, length_PG: IntArray, open_PG: BoolArray | None = None) -> Completions:
         """Further members behind the others (a ground truth, an anchor, negatives); length 0 leaves one absent."""
         prompts, members, width = self.shape
         further = length_PG.shape[1]
         joined_PGT = np.full((prompts, members + further, max(width, token_PGT.shape[2])), -1, dtype=np.int32)
         joined_PGT[:, :members, :width] = self.token_PGT
         joined_PGT[:, members:, : token_PGT.shape[2]] = token_PGT
+        further_PG = np.zeros(length_PG.shape, np.bool_) if open_PG is None else open_PG
         return dataclasses.replace(
             self,
             token_PGT=joined_PGT,
             length_PG=np.concatenate([self.length_PG, length_PG], 1).astype(np.int32),
             valid_PG=np.concatenate([self.valid_PG, length_PG > 0], 1),
+            open_PG=np.concatenate([self.may_leave_PG, further_PG], 1),
         )
 
 

@@ -17,6 +17,8 @@ from trainer.trees import Completions
 
 VOCABULARY = 48
 ITEMS = 30
+OUTSIDE = 45
+"""A token that no path has."""
 
 
 def save_model(folder: Path, seed: int = 0, scale: float = 4.0) -> Path:
@@ -64,7 +66,11 @@ def make_constraint() -> TrieConstraint:
 
 
 def make_completions(prompts: int = 6, members: int = 5, seed: int = 0, longest: int = 20) -> Completions:
-    """Items as completions, never an excluded one; some slots are absent."""
+    """Items as completions, never an excluded one; some slots are absent.
+
+    The second member of each group is the open one: an item outside the trie that has the first tokens of an item of
+    it, none of them in one prompt and all but the last in another.
+    """
     rng = np.random.default_rng(seed)
     paths = item_paths()
     token_PGT = np.full((prompts, members, 4), -1, dtype=np.int32)
@@ -79,12 +85,17 @@ def make_completions(prompts: int = 6, members: int = 5, seed: int = 0, longest:
                 continue
             token_PGT[row, member, : len(path)] = path
             length_PG[row, member] = len(path)
+        left = row % int(length_PG[row, 1])
+        token_PGT[row, 1, left] = OUTSIDE
+    open_PG = np.zeros_like(length_PG, dtype=np.bool_)
+    open_PG[:, 1] = True
     return Completions(
         prompt_tokens=[rng.integers(4, 44, int(rng.integers(1, longest + 1))).astype(np.int32) for _ in range(prompts)],
         token_PGT=token_PGT,
         length_PG=length_PG,
         valid_PG=length_PG > 0,
         exclusions=exclusions,
+        open_PG=open_PG,
     )
 
 
@@ -116,7 +127,7 @@ def oracle_scores(
 ) -> dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """One plain forward per completion: (renormalised, full, legal mass, entropy) per token, with gradient.
 
-    Legal sets come from the list of paths, not from the trie.
+    Legal sets come from the list of paths, not from the trie; the path of an open member is on its own list.
     """
     paths = [tuple(int(t) for t in path) for path in item_paths()]
     scores = {}
@@ -129,10 +140,11 @@ def oracle_scores(
                 continue
             length = int(completions.length_PG[p, g])
             completion = [int(t) for t in completions.token_PGT[p, g, :length]]
+            own = [*left, tuple(completion)] if completions.may_leave_PG[p, g] else left
             row = torch.tensor([[*completions.prompt_tokens[p].tolist(), *completion]])
             logits_TV = lm(input_ids=row).logits[0, len(completions.prompt_tokens[p]) - 1 : -1]
             for t in range(length):
-                legal = sorted({path[t] for path in left if path[:t] == tuple(completion[:t]) and len(path) > t})
+                legal = sorted({path[t] for path in own if path[:t] == tuple(completion[:t]) and len(path) > t})
                 full_V = logits_TV[t].float().log_softmax(-1)
                 set_C = (logits_TV[t].float()[legal] / temperature).log_softmax(-1)
                 scores[p, g, t] = (

@@ -8,6 +8,7 @@ Not here: the attention by itself (test_tree_attention.py), DeepSpeed, ranks, bf
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ def test_certainty_and_entropy_are_those_of_the_legal_set(model: Path) -> None:
     table = replay(make_constraint(), completions, range(completions.shape[0]))
     logits_UV = policy(batch)
     scores = token_scores(logits_UV, batch, table.sets(batch), 0.7, entropy_gradient=True)
-    sets, _, _ = table.sets(batch)
+    sets, open_K = table.sets(batch).sets, table.sets(batch).open_K
+    assert open_K is not None
     for index, source in enumerate(batch.source_K.tolist()):
         legal = sets.token_NC[source][sets.legal_NC[source]]
+        if open_K[index]:
+            legal = torch.cat([legal, batch.target_K[index : index + 1]])
         log_p = torch.log_softmax(logits_UV[source, legal].detach().double() / 0.7, 0)
         uniform = -torch.log(torch.tensor(float(len(legal)), dtype=torch.float64))
         assert scores.choices_K[index] == len(legal)
@@ -131,13 +135,7 @@ def test_illegal_completion_is_marked_and_keeps_its_likelihood(model: Path) -> N
     completions = make_completions()
     token_PGT = completions.token_PGT.copy()
     token_PGT[0, 0, 1] = 3  # <unk> continues nothing
-    completions = Completions(
-        prompt_tokens=completions.prompt_tokens,
-        token_PGT=token_PGT,
-        length_PG=completions.length_PG,
-        valid_PG=completions.valid_PG,
-        exclusions=completions.exclusions,
-    )
+    completions = dataclasses.replace(completions, token_PGT=token_PGT)
     policy = Policy(load_language_model(model, torch.float32))
     batch = packed(completions)
     table = replay(make_constraint(), completions, range(completions.shape[0]))
