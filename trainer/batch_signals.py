@@ -73,6 +73,8 @@ def extended(
 ) -> Extended:
     """The groups with the ground truth (for NLL and gate), negatives and the anchor, where the recipe has a use.
 
+    An anchor of an item that was retired since is open (`trainer.legal`), unless the prompt excludes the item.
+
     Args:
         negative_PN: random items (`trainer.random_negatives`); None without.
     """
@@ -90,9 +92,16 @@ def extended(
             raise ValueError("the objective has an anchor, but the prompts come without feedback")
         if settings.anchor.mode is AnchorMode.REPLACE_LAST:
             completions = _without_last(completions, rollouts)
-        completions = completions.with_members(*catalogue.padded_tokens(feedback.item_P[:, None]))
+        tokens = catalogue.padded_tokens(feedback.item_P[:, None])
+        completions = completions.with_members(*tokens, _retired_anchors(prompts, catalogue, feedback)[:, None])
         extra.append(Kind.ANCHOR)
     return Extended(completions=completions, extra=tuple(extra))
+
+
+def _retired_anchors(prompts: Sequence[Prompt], catalogue: Catalogue, feedback: FeedbackRows) -> BoolArray:
+    """`[P]` whose exposed item is retired and not excluded."""
+    seen = [item in prompt.exclusions for item, prompt in zip(feedback.item_P, prompts, strict=True)]
+    return ~catalogue.active[feedback.item_P] & ~np.array(seen, dtype=np.bool_)
 
 
 def _without_last(completions: Completions, rollouts: int) -> Completions:
@@ -106,7 +115,7 @@ def _without_last(completions: Completions, rollouts: int) -> Completions:
 
 
 def without_illegal_anchors(members: Members, legal_PGT: BoolArray) -> tuple[Members, int]:
-    """Members without the anchors that the constraint forbids (retired since, or seen), and how many those are.
+    """Members without the anchors that the constraint forbids (of items that were seen), and how many those are.
 
     Their log-probability on the legal set does not exist, so they have no importance weight.
     """
@@ -134,19 +143,18 @@ def batch_signals(
 
     Args:
         paths: `RewardScorer.paths`. A completion is a path, so it is the ground truth, or the exposed item, when it
-            shares its path; the reward says the same.
+            shares its path; the reward says the same. A retired item is nobody's answer but that of its own anchor.
         lists: credit of ranked lists, which have no ground truth to hit.
     """
     prompts_count, slots, _ = members.segment_PGT.shape
     shape = (prompts_count, slots, members.segment_PGT.shape[2])
     groups = scored.groups
     item_PG = _item_of(members, prompts, scored, feedback, negative_PN)
-    path_PG = paths(item_PG)
-    target_P1 = paths(np.array([prompt.target for prompt in prompts]))[:, None]
+    target_P = np.array([prompt.target for prompt in prompts], dtype=np.int32)
     logp_PGT = torch.from_numpy(widened(scores.logp_PGT, shape))
     truth_PG = members.of_kind(Kind.GROUND_TRUTH)
     signals = Signals(
-        hit_PG=torch.from_numpy((path_PG == target_P1) & (target_P1 != NO_ITEM)) if lists is None else None,
+        hit_PG=_same_answer(item_PG, target_P, paths) if lists is None else None,
         lists=lists,
         logp_PGT=logp_PGT,
         engine_logp_PGT=torch.from_numpy(widened(groups.logp_PGT, shape)),
@@ -168,12 +176,19 @@ def batch_signals(
     if feedback is not None:
         signals = dataclasses.replace(
             signals,
-            matched_PG=torch.from_numpy((path_PG == paths(feedback.item_P)[:, None]) & (path_PG != NO_ITEM)),
+            matched_PG=_same_answer(item_PG, feedback.item_P, paths),
             formatted_PG=torch.from_numpy(item_PG != NO_ITEM),
             responded_P=torch.from_numpy(feedback.responded_P),
             anchor_logp0_P=torch.from_numpy(feedback.logp0_P),
         )
     return signals
+
+
+def _same_answer(item_PG: IntArray, wanted_P: IntArray, paths: Paths) -> Tensor:
+    """Members that share the path of the wanted item, or are that very item, which has no path once it is retired."""
+    wanted_P1, path_P1 = wanted_P[:, None], paths(wanted_P)[:, None]
+    shares_PG = (paths(item_PG) == path_P1) & (path_P1 != NO_ITEM)
+    return torch.from_numpy(shares_PG | ((item_PG == wanted_P1) & (wanted_P1 != NO_ITEM)))
 
 
 def _item_of(

@@ -35,7 +35,7 @@ def given_items(
 
 
 def asking_for(prompts: Sequence[Prompt], items: Mapping[Kind, IntArray], catalogue: Catalogue) -> Sequence[Prompt]:
-    """The prompts with `scored_items`; retired items are in no trie, so they are left out."""
+    """The prompts with `scored_items`; retired items are in no trie, so the engine has no score of them."""
     if not items:
         return prompts
     item_PE = np.stack(list(items.values()), 1)

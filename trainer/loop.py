@@ -333,7 +333,9 @@ class RlLoop(TrainingLoop):
             anchor_log_mean=self.state.anchor_log_mean,
         )
         if Kind.ANCHOR in whole.extra:
+            anchor_PG = members.of_kind(Kind.ANCHOR).numpy()
             metrics["anchor/not_legal"] = float(dropped)
+            metrics["anchor/retired"] = float((anchor_PG & whole.completions.may_leave_PG).sum())
         entropy_PGT, detached_PGT = coefficients.entropy_weight_PGT, coefficients.detached_PGT
         inputs = UpdateInputs(
             advantage_PGT=coefficients.advantage_PGT.float().numpy(),

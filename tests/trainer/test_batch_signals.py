@@ -244,6 +244,43 @@ def test_anchors_that_the_constraint_forbids_leave_and_are_counted() -> None:
     assert torch.equal(kept.valid_PG[:, :3], members.valid_PG[:, :3])
 
 
+def test_anchors_of_retired_items_are_open_unless_the_prompt_excludes_them() -> None:
+    settings = ObjectiveSettings.model_validate({"anchor": {"mode": "append"}, "nll_weight": 1.0})
+    first, second, third = prompts()
+    seen = [first, dataclasses.replace(second, exclusions=ints(1, 9)), third]
+    rollouts = Completions.of_groups(seen, scored().groups)
+    feedback = FeedbackRows.of(seen, anchors())
+    made = extended(rollouts, seen, settings, catalogue().retire([5, 9]), feedback).completions
+    # The ground truth of the first prompt is the retired item 5 as well: its likelihood needs no legal set.
+    assert made.may_leave_PG.tolist() == [[0, 0, 0, 0, 1], [0] * 5, [0] * 5]
+    assert made.token_PGT[0, 3:].tolist() == [[15, 25], [15, 25]]
+    assert not extended(rollouts, seen, settings, catalogue(), feedback).completions.may_leave_PG.any()
+
+
+def test_an_anchor_of_a_retired_item_has_its_own_response_and_nobody_else_has() -> None:
+    settings = ObjectiveSettings.model_validate({"anchor": {"mode": "append"}, "nll_weight": 1.0})
+    completions, extra = whole(settings)
+    members, _ = batch_members(scored(), completions, extra)
+    # Items 5 and 2 are retired; 5 shares the path of 3.
+    path_id_I = np.array([0, 1, NO_ITEM, 3, 4, NO_ITEM, 6, 7, 8, 9], np.int32)
+    signals = batch_signals(
+        settings,
+        prompts(),
+        scored(),
+        members,
+        outputs(completions),
+        part_weight={},
+        paths=RewardScorer(RewardSettings(), None, path_id_I=path_id_I).paths,
+        feedback=FeedbackRows.of(prompts(), anchors()),
+    )
+    assert signals.hit_PG is not None
+    assert signals.matched_PG is not None
+    assert signals.formatted_PG is not None
+    assert signals.matched_PG[:, [0, 4]].int().tolist() == [[0, 1], [0, 1], [0, 1]]
+    assert signals.hit_PG[:, [0, 4]].int().tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert signals.formatted_PG[:, 4].all()
+
+
 def test_a_failed_group_keeps_its_ground_truth_and_loses_its_anchor() -> None:
     settings = ObjectiveSettings.model_validate({"anchor": {"mode": "append"}, "nll_weight": 1.0})
     completions, extra = whole(settings)

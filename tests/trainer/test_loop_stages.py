@@ -27,6 +27,7 @@ from tests.trainer.test_loop import World, host_of, weights
 from trainer.jobs import RlJob
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
+from trainer.policy_jobs import item_feed
 from trainer.run_state import RunState
 
 OBJECTIVE = {
@@ -118,6 +119,7 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
             "anchor/weight_mean",
             "anchor/effective_size",
             "anchor/not_legal",
+            "anchor/retired",
             "reward/with_feedback",
             "tempering/mean",
             "window/mass/0",
@@ -132,6 +134,29 @@ def test_every_stage_tells_its_metrics(world: World) -> None:
         assert metrics["truncation/mean"] == pytest.approx(1, abs=1e-3)
         assert metrics["groups/members"] == pytest.approx(8, abs=0.5)
     assert loop.state.anchor_log_mean is not None
+
+
+def test_anchors_of_retired_items_train_and_the_engine_never_shows_them(world: World) -> None:
+    shown = [prompt.target for prompt in item_feed(world.job, world.data, None).next().prompts]
+    retired = np.unique(shown[:4])
+    data = dataclasses.replace(world.data, catalogue=world.data.catalogue.retire(retired))
+    limits = world.job.limits.model_copy(update={"max_steps": 1})
+    loop = build(dataclasses.replace(world, data=data), "retired", limits=limits)
+    assert loop.rollouts is not None
+    generate, generated = loop.rollouts.generate, []
+
+    def kept(prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
+        generated.append(generate(prompts, spec))
+        return generated[-1]
+
+    loop.rollouts.generate = kept  # type: ignore[method-assign]
+    loop.run()
+    metrics = host_of(loop).steps[1]
+    assert metrics["anchor/retired"] == np.isin(shown, retired).sum() >= 4
+    assert metrics["anchor/count"] + metrics["anchor/not_legal"] == len(shown)
+    assert metrics["policy_gap/max"] < 1e-4
+    assert metrics["grad_norm"] > 0
+    assert not np.isin(retired, np.concatenate([groups.item_PG.reshape(-1) for groups in generated])).any()
 
 
 def test_a_wrong_score_of_an_anchor_sounds_the_alarm(world: World) -> None:
