@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -76,6 +76,13 @@ class PropensityKind(StrEnum):
     """No propensity: the exposure was deterministic. `logp0` is the policy's log-probability, for reports only."""
 
 
+class KeptRow(StrEnum):
+    """What sets rows apart that are used all the same. Keys of `FeedbackLog.kept`."""
+
+    RETIRED_ITEM = "retired_item_kept"
+    """An exposed item that is not active any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
     """Exposures of one item per request, as arrays."""
@@ -102,6 +109,8 @@ class FeedbackLog:
     counts: Mapping[str, int]
     """Rows that were left out, by `data.feedback_reading.FeedbackFault`, and responses that could not be joined, by
     `data.responses.ResponseFault`; all zero for a log made in memory."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Rows that are here although something sets them apart, by `KeptRow`."""
 
     def __len__(self) -> int:
         return len(self.table)

@@ -27,6 +27,7 @@ from data.feedback import (
     SCHEMA,
     SUCCESS,
     FeedbackLog,
+    KeptRow,
     PropensityKind,
     day_start,
     is_day,
@@ -74,7 +75,7 @@ class FeedbackFault(StrEnum):
     NOT_A_CANDIDATE = "not_a_candidate"
     """An exposed item that is not among the candidates of the request."""
     RETIRED_ITEM = "retired_item"
-    """An exposed item that is no longer in the catalogue: the policy of today cannot generate it."""
+    """An exposed item that is not active any more, without `keep_retired`: the policy of today cannot generate it."""
     BEAM_EXPOSURE = "beam_exposure"
     """A deterministic exposure where propensities are asked for: importance weights need samples."""
 
@@ -92,6 +93,8 @@ class FeedbackChecks:
     """Size of the catalogue."""
     active_I: BoolArray | None = None
     """bool `[n_items]`, false for retired items; by default none is retired."""
+    keep_retired: bool = False
+    """Rows that show a retired item are used and counted (`data.feedback.KeptRow`): an anchor can be scored."""
     catalogues: frozenset[str] | None = None
     """Digests of the catalogues with these item ids (retiring items changes the digest only); none takes any."""
     policies: frozenset[str] | None = None
@@ -134,8 +137,9 @@ def read_feedback(
     _check_shares(folder, counts, len(table), checks)
     kept = np.flatnonzero(fault_N == "")
     time_N = table["timestamp"].combine_chunks().fill_null(0).to_numpy(zero_copy_only=False)
-    order = kept[np.argsort(time_N[kept], kind="stable")]
-    return FeedbackLog(table=table.take(pa.array(order)), counts=counts | unjoined)
+    log = table.take(pa.array(kept[np.argsort(time_N[kept], kind="stable")]))
+    retired = int(shows_retired(log, checks).sum())
+    return FeedbackLog(table=log, counts=counts | unjoined, kept={KeptRow.RETIRED_ITEM.value: retired})
 
 
 def complete_days(folder: Path, *, first_day: str | None = None, last_day: str | None = None) -> list[str]:
@@ -239,14 +243,19 @@ def _checks(
     unknown_E = (item_E < 0) | (item_E >= checks.n_items)
     yield FeedbackFault.UNKNOWN_ITEM, exposed.any_row(unknown_E)
     yield FeedbackFault.NOT_A_CANDIDATE, _outside_candidates(table, exposed, item_E)
-    retired_E = np.zeros(len(item_E), np.bool_)
-    if checks.active_I is not None:
-        retired_E[~unknown_E] = ~checks.active_I[item_E[~unknown_E]]
-    yield FeedbackFault.RETIRED_ITEM, exposed.any_row(retired_E)
+    yield FeedbackFault.RETIRED_ITEM, shows_retired(table, checks) & (not checks.keep_retired)
     deterministic_N = kind.among([PropensityKind.NONE.value]) | (
         decode.among([Decode.BEAM.value]) & ~kind.among([PropensityKind.MIXTURE.value])
     )
     yield FeedbackFault.BEAM_EXPOSURE, deterministic_N & checks.propensities
+
+
+def shows_retired(table: pa.Table, checks: FeedbackChecks) -> BoolArray:
+    """[N] rows that show an item which is no longer active."""
+    if checks.active_I is None:
+        return np.zeros(len(table), np.bool_)
+    exposed = _List(table, "exposed")
+    return exposed.any_row(np.isin(exposed.ints(), np.flatnonzero(~checks.active_I)))
 
 
 def _outside_candidates(table: pa.Table, exposed: _List, item_E: IntArray) -> BoolArray:

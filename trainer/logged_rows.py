@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,16 +28,22 @@ class LoggedRows(NamedTuple):
     """Exposures by row."""
     left_out: dict[str, int]
     """Rows that cannot be used, by reason."""
+    kept: dict[str, int]
+    """Rows among the samples that something sets apart (`data.feedback.KeptRow`)."""
 
     @property
     def told(self) -> str:
         """One line for the person who watches."""
-        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.left_out.items())
-        return f"feedback: {len(self.samples):,} rows; left out: {reasons or 'none'}"
+        kept = "".join(f", {told}" for told in _told(self.kept))
+        return f"feedback: {len(self.samples):,} rows{kept}; left out: {', '.join(_told(self.left_out)) or 'none'}"
 
     def record(self) -> dict[str, Any]:
         """What a summary keeps."""
-        return {"rows": len(self.samples), "left_out": self.left_out}
+        return {"rows": len(self.samples), "left_out": self.left_out, "kept": self.kept}
+
+
+def _told(counts: Mapping[str, int]) -> list[str]:
+    return [f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items()]
 
 
 def responded(logged: LoggedRows) -> Samples:
@@ -85,17 +92,22 @@ def logged_rows(job: SftJob | RlJob, data: PolicyData) -> LoggedRows:
     left_out = {reason: count for reason, count in log.counts.items() if count}
     if log.later_items:
         left_out["later_items"] = log.later_items
-    return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out)
+    kept = {reason: count for reason, count in log.kept.items() if count}
+    return LoggedRows(dataclasses.replace(samples, target_N=target_N), anchors, left_out, kept)
 
 
 def feedback_checks(job: SftJob | RlJob, catalogue: Catalogue) -> FeedbackChecks:
-    """What the rows of a log must be for a job that trains a model of this catalogue."""
+    """What the rows of a log must be for a job that trains a model of this catalogue.
+
+    Items that were retired since are of use as anchors alone, which need not be generated.
+    """
     anchor = job.objective.anchor if isinstance(job, RlJob) else Anchor()
     # Retiring items changes the digest; the log is most often older than the last retirement.
     whole = dataclasses.replace(catalogue, active=np.ones_like(catalogue.active))
     return FeedbackChecks(
         n_items=catalogue.n_items,
         active_I=catalogue.active,
+        keep_retired=anchor.is_member,
         catalogues=frozenset({catalogue.digest, whole.digest, *job.feedback_catalogues}),
         propensities=anchor.is_member and anchor.snips is not Snips.NONE,
     )

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from data.feedback import DAY_SECONDS, SCHEMA, day_start
-from data.feedback_reading import EXPECTED, FAULTS, FeedbackChecks, FeedbackFault, fault_codes
+from data.feedback import DAY_SECONDS, SCHEMA, KeptRow, day_start
+from data.feedback_reading import EXPECTED, FAULTS, FeedbackChecks, FeedbackFault, fault_codes, shows_retired
 from data.records import BoolArray
 from data.responses import DigestArray, Responses, request_digests
 from data.settings import Settings
@@ -100,7 +100,7 @@ class RowReport:
     """What a partition held."""
 
     counts: Mapping[str, int]
-    """By `RowCount` and `FeedbackFault`; those that are not zero."""
+    """By `RowCount`, `FeedbackFault` and `KeptRow`; those that are not zero."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Rows by file, as `train/part-00000.parquet`."""
     responses: Mapping[str, int] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class RowReport:
     policies: Mapping[str, int] = field(default_factory=dict)
     """Usable rows by policy version."""
     mean_weight: float = 0.0
-    """Mean of 1 / (items x propensity) over the usable rows, of their first item."""
+    """Mean of 1 / (items x propensity) over the usable rows, of their first item; 0 for rows of retired items."""
 
     def write(self, folder: Path) -> None:
         """Keep the report beside the rows."""
@@ -266,8 +266,10 @@ class _Splitter:
                 for name, chosen_B in chosen.items():
                     part = _chosen(table, chosen_B)
                     parts[name].write(part)
+                    retired_B = shows_retired(part, self._checks)
+                    counts[KeptRow.RETIRED_ITEM] += int(retired_B.sum())
                     self._policies.update(_words(part))
-                    self._weights += _uniform_weight(part, self._active)
+                    self._weights += _uniform_weight(part, retired_B, self._active)
                 kept_B = np.logical_or.reduce(list(chosen.values())) & answered_B
                 answered.add(digest_B[kept_B])
                 corrections.add(digest_B[corrected_B])
@@ -334,10 +336,11 @@ def _words(table: pa.Table) -> dict[str, int]:
     return {str(one["values"]): int(one["counts"]) for one in counted}
 
 
-def _uniform_weight(table: pa.Table, n_items: int) -> float:
-    """Sum over the rows of 1 / (items it could show x propensity of the first item)."""
+def _uniform_weight(table: pa.Table, retired_B: BoolArray, n_items: int) -> float:
+    """Sum over the rows of 1 / (items it could show x propensity of the first item); 0 for an item that is retired."""
     if not len(table):
         return 0.0
     logp0_B = pc.list_element(table["logp0"].combine_chunks(), 0).to_numpy(zero_copy_only=False)
     among = pc.fill_null(pc.list_value_length(table["candidates"].combine_chunks()), n_items)
-    return float((np.exp(-logp0_B.astype(np.float64)) / among.to_numpy(zero_copy_only=False)).sum())
+    weight_B = np.exp(-logp0_B.astype(np.float64)) / among.to_numpy(zero_copy_only=False)
+    return float(weight_B[~retired_B].sum())

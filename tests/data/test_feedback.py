@@ -6,6 +6,7 @@ Not checked here: who writes such logs (tests/launch/test_simulation.py), and wh
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -228,11 +229,24 @@ def test_too_many_bad_rows_stop_and_expected_ones_do_not(tmp_path: Path) -> None
         read_feedback(tmp_path / "bad", CHECKS)
     write_feedback(tmp_path / "retired", table({}, {"exposed": [5]}))
     log = read_feedback(tmp_path / "retired", CHECKS)
-    assert (len(log), log.counts["retired_item"]) == (1, 1)
+    assert (len(log), log.counts["retired_item"], log.kept) == (1, 1, {"retired_item_kept": 0})
     write_feedback(tmp_path / "beams", table({"propensity_kind": "none", "decode": "beam"}))
     with pytest.raises(RequestError, match=r"none of 1 rows can be used \(1 beam_exposure\)"):
         read_feedback(tmp_path / "beams", CHECKS)
     assert FeedbackFault.BEAM_EXPOSURE in EXPECTED
+
+
+def test_rows_of_retired_items_can_be_kept_and_are_counted(tmp_path: Path) -> None:
+    content = [{}, {"exposed": [5]}, {"exposed": [2, 5], "response": [0.0, 1.0], "logp0": [-1.0, -1.0]}]
+    written = table(*content, {"exposed": [5], "policy_version": "v2"}, *[{}] * 30)
+    write_feedback(tmp_path, written)
+    log = read_feedback(tmp_path, dataclasses.replace(CHECKS, keep_retired=True))
+    assert log.kept == {"retired_item_kept": 2}
+    assert {name: count for name, count in log.counts.items() if count} == {"unknown_policy": 1}
+    assert log.anchors().item_N.tolist() == [2, 5, 2, *[2] * 30]
+    dropped = read_feedback(tmp_path, CHECKS)
+    assert dropped.kept == {"retired_item_kept": 0}
+    assert dropped.counts["retired_item"] == 2
 
 
 def test_days_are_utc_and_can_be_chosen(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Contract: a feedback log becomes training rows whose ids are the rows of its exposures; a log of other items, and
-beams where importance weights are asked for, are refused; a log written before a retirement is not. Single rows that
+beams where importance weights are asked for, are refused; a log written before a retirement is not, and rows of a
+retired item are used where it can be an anchor. Single rows that
 cannot be used are left out and counted by reason; a log of nothing else is refused.
 
 Not checked here: running the jobs (tests/launch/test_whole_job.py), the reader's other checks (tests/data).
@@ -79,8 +80,8 @@ def test_rows_of_a_log_are_training_rows_with_a_target_where_there_was_a_respons
 ) -> None:
     data = PolicyData.open(job(dataset, tmp_path))
     log = write_log(tmp_path / "log", data.catalogue.digest)
-    samples, anchors, left_out = logged_rows(job(dataset, log, {"mode": "append"}), data)
-    assert left_out == {}
+    samples, anchors, left_out, kept = logged_rows(job(dataset, log, {"mode": "append"}), data)
+    assert left_out == kept == {}
     responded_N = np.arange(ROWS) % 3 == 0
     assert samples.sample_id_N.tolist() == list(range(ROWS))
     assert anchors.item_N.tolist() == list(range(20, 20 + ROWS))
@@ -118,14 +119,29 @@ def test_a_log_of_other_items_is_refused_and_one_from_before_a_retirement_is_not
     log = write_log(tmp_path / "log", data.catalogue.digest)
     retired = dataclasses.replace(data, catalogue=data.catalogue.retire([20]))
     kept = logged_rows(job(dataset, log, {"mode": "append"}), retired)
-    assert len(kept.samples) == ROWS - 1
-    assert kept.left_out == {"retired_item": 1}
-    assert kept.told == "feedback: 11 rows; left out: 1 retired item"
+    assert len(kept.samples) == ROWS
+    assert (kept.left_out, kept.kept) == ({}, {"retired_item_kept": 1})
+    assert kept.told == "feedback: 12 rows, 1 retired item kept; left out: none"
+    assert kept.record() == {"rows": ROWS, "left_out": {}, "kept": {"retired_item_kept": 1}}
     foreign = write_log(tmp_path / "foreign", "another")
     with pytest.raises(RequestError, match=r"12 of 12 rows are bad \(12 foreign_catalogue"):
         logged_rows(job(dataset, foreign, {"mode": "append"}), data)
     named = job(dataset, foreign, {"mode": "append"}, feedback_catalogues=["another"])
     assert len(logged_rows(named, data).samples) == ROWS
+
+
+def test_rows_of_retired_items_are_of_use_as_anchors_alone(dataset: Path, tmp_path: Path) -> None:
+    data = PolicyData.open(job(dataset, tmp_path))
+    log = write_log(tmp_path / "log", data.catalogue.digest)
+    data = dataclasses.replace(data, catalogue=data.catalogue.retire([20]))
+    sft = SftJob.model_validate(recipe(dataset, "sft", feedback=str(log)))
+    for other in (sft, job(dataset, log), job(dataset, log, {"mode": "feedback_only"})):
+        left = logged_rows(other, data)
+        assert (left.left_out, left.kept) == ({"retired_item": 1}, {})
+        assert left.told == "feedback: 11 rows; left out: 1 retired item"
+        assert 20 not in left.anchors.item_N
+    anchored = logged_rows(job(dataset, log, {"mode": "replace_last"}), data)
+    assert (anchored.anchors.item_N[0], anchored.samples.target_N[0]) == (20, 20)
 
 
 def test_beams_are_refused_only_where_the_anchor_is_weighed(dataset: Path, tmp_path: Path) -> None:
@@ -147,7 +163,6 @@ def test_beams_are_refused_only_where_the_anchor_is_weighed(dataset: Path, tmp_p
         ("response", [1.5], "bad_response"),
         ("response", [np.nan], "bad_response"),
         ("exposed", [ITEMS], "unknown_item"),
-        ("exposed", [19], "retired_item"),
         ("decode", "beam", "beam_exposure"),
     ],
 )
@@ -155,7 +170,6 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(
     dataset: Path, tmp_path: Path, column: str, value: Any, fault: str
 ) -> None:
     data = PolicyData.open(job(dataset, tmp_path))
-    data = dataclasses.replace(data, catalogue=data.catalogue.retire([19]))
     rows = plain_log(data.catalogue.digest, rows=25).table.to_pylist()
     bad = write(tmp_path / "one", [*rows[:7], {**rows[7], column: value}, *rows[8:]])
     kept = logged_rows(job(dataset, bad, {"mode": "append"}), data)

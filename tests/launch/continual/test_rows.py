@@ -6,6 +6,7 @@ Not checked: single faults (tests/data/test_feedback.py), the decisions that fol
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,27 @@ def test_rows_are_used_held_out_or_quarantined(tmp_path: Path) -> None:
     again, _ = read(tmp_path, "again", (out / REQUESTS,))
     assert again.counts["request_of_earlier_pass"] == again.counts["duplicate_request"]
     assert set(again.counts) == {"rows", "duplicate_request", "request_of_earlier_pass"}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_rows_of_retired_items_are_kept_for_anchors_and_weigh_nothing(tmp_path: Path, keep: bool) -> None:
+    """Two active items shown as often as the retired one: their weights are 3/2, and 1 in the mean over all rows."""
+    content = rows(DAY, range(300), "v", logp0=[float(np.log(1 / 3))])
+    for number, one in enumerate(content):
+        one["exposed"] = [number % 3]
+    write_file(tmp_path / "log", DAY, "0.parquet", content)
+    finish_day(tmp_path / "log", DAY)
+    active_I = np.isin(np.arange(CHECKS.n_items), [0, 1])
+    checks = dataclasses.replace(CHECKS, active_I=active_I, keep_retired=keep)
+    log, out = LogFolder(str(tmp_path / "log")), tmp_path / "out"
+    out.mkdir()
+    listing = log.listing(DAY)
+    report = read_rows(log, listing, listing.exposures, out, checks=checks, settings=RowSettings())
+    used = 300 if keep else 200
+    name = "retired_item_kept" if keep else "retired_item"
+    assert report.counts["train"] + report.counts["held_out"] == used
+    assert {count: n for count, n in report.counts.items() if "retired" in count} == {name: 100}
+    assert report.mean_weight == pytest.approx(1.0 if keep else 1.5)
 
 
 @settings(max_examples=60, deadline=None)
