@@ -153,5 +153,7 @@ class Dispatch:
             raise last
         self.bring_back(last)
         self._failed.clear()
+        # Who raised before may be another process by now, or gone for good.
+        self._accused.clear()
         if not self.health.named(EngineState.HEALTHY):
             raise last

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,11 @@ from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.records import Decode, DecodeSpec, Groups
 from rollout.channel import ChannelSettings, WeightChannel
+from rollout.dispatch import Dispatch
 from rollout.engine import Engine
 from rollout.engine_calls import EngineFailure
 from rollout.fleet import RolloutFleet
-from rollout.fleet_health import EngineState, LossReason
+from rollout.fleet_health import EngineState, FleetHealth, LossReason
 from rollout.peers import LocalPeer, RayPeer
 from rollout.placement import Placement
 from rollout.probe import item_probe
@@ -222,6 +224,31 @@ def test_engines_are_brought_back_within_a_request(
     assert small_fleet.health.named(EngineState.STALE) == ["reference-1"]
     assert set(small_fleet.generate(prompts, BEAM).engine_id_P.tolist()) == {"reference-0"}
     small_fleet.verified(small_fleet.incarnations(), 0)
+
+
+def test_nobody_is_accused_of_what_the_process_before_it_raised() -> None:
+    """Engine a raised, b died; a is launched again, or leaves, while both are brought back."""
+    health = FleetHealth(start_deadline_s=1.0, suspect_s=1.0)
+    failures = {name: EngineFailure(name, "raised", LossReason.RAISED) for name in ("a", "b")}
+
+    def bring_back(_: EngineFailure) -> None:
+        health.launched("b", 0.0)
+        health.answered("b", 0, 0.0)
+        health.pushed({"b": 0}, 1, 0.0)
+
+    request = Dispatch(
+        calls=[("generate", (), {})],
+        engines={},
+        health=health,
+        deadline_s=1.0,
+        shards=Counter(),
+        blame=lambda failure: pytest.fail(f"{failure} is blamed"),
+        bring_back=bring_back,
+    )
+    request._failed.update(failures)
+    request._accused[0] = failures["a"]
+    request._wait_for_somebody()
+    assert (request._failed, request._accused) == ({}, {})
 
 
 def test_the_shards_of_a_silent_engine_go_to_another(
