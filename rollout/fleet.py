@@ -6,7 +6,8 @@ silent goes to another one. Who may be asked is decided by `rollout.fleet_health
 
 | waits                    | for                         | unblocked by                                     |
 |--------------------------|-----------------------------|--------------------------------------------------|
-| a request                | see `rollout.dispatch`      |                                                  |
+| a request                | see `rollout.dispatch`; who | its checks, or `weights.deadline_s` and          |
+|                          | is up takes what was kept   | `weights.probe_deadline_s` for each engine       |
 | `recover`, before a push | who is suspect              | an answer, or `PING_S`                           |
 | `recover`, nobody is up  | the first engine that joins | an answer, or `rollout.start_deadline_s`         |
 | nobody                   | an engine that joins        | the first push that finds it up; or, before the  |
