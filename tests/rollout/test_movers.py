@@ -178,7 +178,10 @@ def test_a_communicator_that_nobody_frees_is_ended(kind: MoverKind, pending: boo
 def test_a_communicator_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own: it takes broadcasts without a word and moves nothing."""
     require("vllm")
-    monkeypatch.setenv("VLLM_DISABLE_PYNCCL", "1")
+    from vllm import envs
+
+    # Not in the environment: vLLM has read it where an engine was started in this process.
+    monkeypatch.setitem(vars(envs), "VLLM_DISABLE_PYNCCL", True)
     monkeypatch.setattr(vllm_internals, "nccl_unique_id", lambda: bytes(128))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(RequestError, match=r"weights\.mover: vllm_nccl, which vLLM has switched off; legal: nccl"):
