@@ -223,8 +223,11 @@ class RolloutFleet:
     def sleep(self) -> float:
         """Every engine that is up gives its memory back until the next push; returns seconds, 0 where they sleep.
 
-        Only while no request is under way. An engine that fails is lost, as in a request.
+        Only while no request is under way. An engine that fails is lost, as in a request. Who is suspect is ended: it
+        may still compute, and the learners are about to fill its card.
         """
+        import ray
+
         if self.asleep:
             return 0.0
         begun, self.asleep = time.monotonic(), True
@@ -235,6 +238,10 @@ class RolloutFleet:
                 engine_result(name, call, max(0.0, left), "falling asleep")
             except EngineFailure as failure:
                 self._blame(failure)
+        for name in self.health.named(EngineState.SUSPECT):
+            ray.kill(self.engines[name])
+            engine = self.health.engines[name]
+            self.health.died(name, engine.incarnation, engine.reason or LossReason.SILENT, time.monotonic())
         self.health.slept(time.monotonic())
         return time.monotonic() - begun
 

@@ -335,6 +335,9 @@ class LateFleet(RolloutFleet):
             def describe(self) -> None:
                 return None
 
+            def fall_asleep(self) -> None:
+                time.sleep(60)
+
         self.health.launched(engine_id, time.monotonic())
         return ray.remote(Late).options(num_cpus=0, max_restarts=0).remote(self.delay_s)
 
@@ -372,6 +375,26 @@ def test_nobody_waits_for_who_comes_up_while_others_are(ray_here: Any, catalogue
         fleet.relaunch(name)
     assert sorted(fleet.recover()) == ["reference-0", "reference-1"]
     assert {engine.reason for engine in fleet.health.engines.values()} == {LossReason.NOT_UP}
+    fleet.close()
+
+
+def test_who_does_not_fall_asleep_gives_its_card_back_all_the_same(ray_here: Any, catalogue: Catalogue) -> None:
+    """One that fell silent in a request, and one that falls silent now."""
+    settings = RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32", engines=2, deadline_s=1.0)
+    fleet = LateFleet(settings, Path(), {}, ViolationCounter(catalogue), Placement())
+    for _ in range(2):
+        name = fleet._next_name()
+        fleet.engines[name] = fleet._launch(name)
+    fleet._await_start(list(fleet.engines))
+    fleet._blame(EngineFailure("reference-0", "no answer", LossReason.SILENT))
+    actors = list(fleet.engines.values())
+    assert fleet.sleep() < 30
+    assert fleet.health.named(EngineState.DEAD) == ["reference-0", "reference-1"]
+    assert fleet.losses == {LossReason.SILENT: 2}
+    for actor in actors:
+        with pytest.raises(ray_here.exceptions.RayActorError):
+            ray_here.get(actor.describe.remote(), timeout=30)
+    assert fleet.recover() == ["reference-0", "reference-1"], "launched again, or gone, before the next push"
     fleet.close()
 
 
