@@ -52,7 +52,7 @@ def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: In
     failures: list[Failure] = []
     while True:
         try:
-            return _run_parts(job, run, interruption)
+            return _run_parts(job, run, interruption, len(failures))
         except LearnerLost as error:
             failure = Failure(part=Part.LEARNER, at=time.monotonic(), told=str(error))
             manifest = CheckpointStore(run.path / "checkpoints", job.checkpoints).latest() is not None
@@ -64,13 +64,13 @@ def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: In
             print(f"windlass: {error}: {decision.action.value} ({decision.reason})", file=sys.stderr)
 
 
-def _run_parts(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption) -> dict[str, Any]:
+def _run_parts(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption, restarts: int) -> dict[str, Any]:
     from trainer.policy_jobs import run_rl, run_sft
 
     if isinstance(job, SftJob):
-        return run_sft(job, run.path, interruption)
+        return run_sft(job, run.path, interruption, learner_restarts=restarts)
     if isinstance(job, RlJob):
-        return run_rl(job, run.path, interruption)
+        return run_rl(job, run.path, interruption, learner_restarts=restarts)
     raise TypeError(f"{type(job).__name__} is no policy job")
 
 

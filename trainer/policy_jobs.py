@@ -37,7 +37,7 @@ RL_HEADLINE = ("reward/mean", "reward/hit", "loss", "policy_gap/mean")
 LIST_HEADLINE = ("credit/ndcg", "loss", "policy_gap/mean")
 
 
-def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
+def run_sft(job: SftJob, run_dir: Path, interruption: Interruption, *, learner_restarts: int = 0) -> dict[str, Any]:
     """Train on whole sequences or on the responses of a log; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
@@ -46,7 +46,15 @@ def run_sft(job: SftJob, run_dir: Path, interruption: Interruption) -> dict[str,
     feed: RowFeed = windows(job, data, logged) if rows is None else rows.feed
     total = total_steps(job, feed.batches_per_epoch)
     headline = ("loss", "lr", job.evaluation.metric)
-    with policy_run(job, data, run_dir, interruption, total_steps=total, headline=headline) as run:
+    with policy_run(
+        job,
+        data,
+        run_dir,
+        interruption,
+        total_steps=total,
+        headline=headline,
+        learner_restarts=learner_restarts,
+    ) as run:
         for source in (logged, rows):
             if source is not None:
                 run.run_log.say(source.told)
@@ -123,7 +131,7 @@ def check_task_rows(job: SftJob, builder: TextPromptBuilder) -> None:
     check_row_tokens(job, job.data.max_prompt_tokens + answer + 1, "prompt, answer and end token")
 
 
-def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, Any]:
+def run_rl(job: RlJob, run_dir: Path, interruption: Interruption, *, learner_restarts: int = 0) -> dict[str, Any]:
     """Train on rollouts, or only dump them, or train from a dump; Ray must be connected. Returns the summary."""
     begun = time.monotonic()
     data = PolicyData.open(job)
@@ -147,6 +155,7 @@ def run_rl(job: RlJob, run_dir: Path, interruption: Interruption) -> dict[str, A
                 updates_per_step=job.objective.updates * job.objective.minibatches,
                 headline=(*(RL_HEADLINE if rows is None else LIST_HEADLINE), job.evaluation.metric),
                 with_fleet=job.train_only is None,
+                learner_restarts=learner_restarts,
             )
         )
         rewards, service = stack.enter_context(reward_scorer(job, data.catalogue))

@@ -78,6 +78,8 @@ class PolicyRun:
     _scored: tuple[int, float] | None = None
     versions: list[int] = dataclasses.field(default_factory=list)
     """Weight versions that became visible, in order."""
+    learner_restarts: int = 0
+    """How often the learners of this start of the job have begun again."""
 
     @property
     def started_fleet(self) -> RolloutFleet:
@@ -139,7 +141,7 @@ class PolicyRun:
         if self.fleet is not None:
             metrics["system/shards_waiting"] = float(self.fleet.most_waiting)
             self.fleet.most_waiting = 0
-        metrics |= rates(metrics)
+        metrics = metrics | rates(metrics) | {"system/learner_restarts": float(self.learner_restarts)}
         self.run_log.write(step, metrics)
         restarts = 0 if self.healing is None else self.healing.restarts
         self.gauges.record(step, metrics, self.fleet, restarts)
@@ -181,6 +183,7 @@ def policy_run(
     headline: tuple[str, ...],
     updates_per_step: int = 1,
     with_fleet: bool = True,
+    learner_restarts: int = 0,
 ) -> Iterator[PolicyRun]:
     """Start the parts of a job in the connected Ray cluster, continue from the newest checkpoint, end them all.
 
@@ -193,6 +196,7 @@ def policy_run(
         headline: metrics that progress shows.
         updates_per_step: optimiser steps that a step takes.
         with_fleet: whether engines are started (not for training from a dump).
+        learner_restarts: how often the learners have begun again before.
 
     Raises:
         RequestError: a checkpoint or model that does not fit, or settings that this machine cannot meet.
@@ -275,6 +279,7 @@ def policy_run(
             threads=threads,
             status=status,
             gauges=RunGauges(run_dir.name),
+            learner_restarts=learner_restarts,
         )
 
 

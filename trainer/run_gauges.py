@@ -58,6 +58,9 @@ METRICS: dict[str, Exported] = {
     "windlass_push_mib": Exported(kind=Kind.GAUGE, description="MiB of the last push"),
     "windlass_engines": Exported(kind=Kind.GAUGE, description="Engines by state", tags=("state",)),
     "windlass_engine_restarts": Exported(kind=Kind.COUNTER, description="Engines that were launched again"),
+    "windlass_learner_restarts": Exported(
+        kind=Kind.GAUGE, description="Times that the learners have begun again from a checkpoint"
+    ),
     "windlass_engines_lost": Exported(kind=Kind.COUNTER, description="Engines lost, by reason", tags=("reason",)),
 }
 """By name. Counters get the suffix `_total` when they are scraped, and all names Ray's prefix `ray_`."""
@@ -92,6 +95,7 @@ def samples(step: int, metrics: Mapping[str, Any]) -> list[Sample]:
         "reward/mean": "windlass_reward_mean",
         "loss": "windlass_loss",
         "push/mib": "windlass_push_mib",
+        "system/learner_restarts": "windlass_learner_restarts",
     }
     several = {
         "time/": (PHASE, "phase"),

@@ -36,6 +36,7 @@ STEP: dict[str, Any] = {
     "policy_gap/mean": 1e-6,
     "reward/mean": 0.5,
     "loss": None,
+    "system/learner_restarts": 2.0,
 }
 
 
@@ -51,6 +52,7 @@ def test_rates_of_a_step() -> None:
 def test_samples_of_a_step() -> None:
     found = samples(7, STEP | rates(STEP))
     assert Sample(name="windlass_step", value=7.0) in found
+    assert Sample(name="windlass_learner_restarts", value=2.0) in found
     assert Sample(name="windlass_phase_seconds", value=3.0, tags=(("phase", "ahead/rollout"),)) in found
     assert Sample(name="windlass_queue_length", value=5.0, tags=(("queue", "shards"),)) in found
     assert sorted(one.value for one in found if one.name == "windlass_staleness") == [0.0, 0.0, 1.0, 1.0, 1.0]
