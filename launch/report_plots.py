@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 """Okabe and Ito's colours: told apart with every kind of colour vision."""
@@ -214,11 +215,21 @@ def svg(draw: Callable[[Axes], None]) -> str:
         figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         try:
             draw(axes)
-            # Below the axes a legend covers no curve.
-            figure.legend(loc="outside lower center", ncols=4)
+            add_legend(figure)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         finally:
             plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def add_legend(figure: Figure) -> None:
+    """Below the axes, where it covers no curve, in as many columns as the figure has room for."""
+    for columns in range(4, 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            rows = -(-len(legend.get_texts()) // columns)
+            figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 2))
+            return
+        legend.remove()
