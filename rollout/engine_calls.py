@@ -49,10 +49,10 @@ def engine_result(engine_id: str, reference: Any, timeout_s: float, doing: str) 
         what = f"{doing}: {type(error.cause).__name__}: {error.cause}"
         raise EngineFailure(engine_id, what, LossReason.RAISED) from error
     except RayActorError as error:
-        raise EngineFailure(engine_id, f"died, {doing}: {_cause_of_death(error)}", LossReason.DIED) from error
+        raise EngineFailure(engine_id, f"died, {doing}: {cause_of_death(error)}", LossReason.DIED) from error
 
 
-def _cause_of_death(error: BaseException) -> str:
+def cause_of_death(error: BaseException) -> str:
     """One line: the error of the constructor, or why the process ended."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if "creation task" in lines[0] else lines[0]

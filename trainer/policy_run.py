@@ -134,7 +134,8 @@ class PolicyRun:
     def log(self, step: int, metrics: Metrics) -> None:
         """See `trainer.training_loop.Host`."""
         if self.fleet is not None:
-            violations = {f"constraint/{reason}": float(n) for reason, n in self.fleet.violations.items()}
+            # Reasons that did not occur are left out: which ones were counted depends on what was asked so far.
+            violations = {f"constraint/{reason}": float(n) for reason, n in self.fleet.violations.items() if n}
             metrics = metrics | violations | {"constraint.violations": float(sum(violations.values()))}
         if self.healing is not None:
             metrics |= self.healing.metrics()

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from data.errors import RequestError, RunError
 from rollout.channel import LOOPBACK
+from rollout.engine_calls import cause_of_death
 from rollout.placement import Placement, strategy
 from trainer.ranks import RankPlace
 from trainer.settings import Device, LearnerSettings
@@ -151,7 +152,7 @@ class RankGroup:
                 raise (error.cause if isinstance(error.cause, Exception) else error) from error
             except RayActorError as error:
                 rank = calls.index(ready[0])
-                raise LearnerLost(f"learner rank {rank} died: {str(error).splitlines()[0]}") from error
+                raise LearnerLost(f"learner rank {rank} died: {cause_of_death(error)}") from error
         return list(ray.get(calls))
 
     @property
