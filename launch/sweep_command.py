@@ -4,7 +4,8 @@
     RUN/summary.json             means and deviations over the seeds, value by value, for the report
 
 A run that is finished is not run again, so an interrupted sweep continues, and further values join the same folder;
-one that was made with other settings is refused.
+one that was made with other settings is refused. Critics that diverge are a finding of the sweep and not its end: such
+a run is counted, has no part in the means, and is not begun again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from launch.config import load_job, to_mapping
 from launch.run_directory import SUMMARY, read_json, refuse_other_experiment
 from trainer.durable import write_text
 from trainer.jobs import Job, LaacJob, RlJob, SftJob
+from trainer.laac_job import DIVERGED
 
 FORMAT = 1
 ONLY = "all"
@@ -88,9 +90,9 @@ def sweep(
     for name, arguments in points.items():
         for seed in seeds:
             folder = run_dir / name / f"seed-{seed}"
-            if not is_finished(folder):
+            if not is_finished(folder) and not has_diverged(folder):
                 code = runner(["train", recipe, "--run-dir", str(folder), *arguments, "--seed", str(seed)])
-                if code != 0 or not is_finished(folder):
+                if not has_diverged(folder) and (code != 0 or not is_finished(folder)):
                     raise RunError(f"{folder}: the run ended with exit code {code} and is not finished")
     every = {folder.name: point(folder) for folder in sorted(run_dir.iterdir()) if any(folder.glob("seed-*"))}
     write_summary(run_dir, over, every)
@@ -132,8 +134,13 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).is_file() and not read_json(folder / SUMMARY).get("interrupted")
 
 
+def has_diverged(folder: Path) -> bool:
+    """Whether a run ended because its critics diverged."""
+    return (folder / DIVERGED).is_file()
+
+
 def point(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """Means and deviations of the metrics of a point's runs: of these seeds, or of all that are finished.
+    """Means and deviations of the metrics of a point's runs, of these seeds or of all; how many ended and diverged.
 
     Raises:
         RequestError: a run whose summary has neither exactly one stage nor a test.
@@ -144,6 +151,7 @@ def point(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     columns = {name: [float(stage[name]) for stage in stages] for name in shared}
     return {
         "runs": len(stages),
+        "diverged": sum(map(has_diverged, names)),
         "mean": {name: statistics.fmean(column) for name, column in columns.items()},
         "std": {name: statistics.stdev(column) for name, column in columns.items() if len(column) > 1},
     }
@@ -172,6 +180,6 @@ def write_summary(run_dir: Path, over: str, points: Mapping[str, Mapping[str, An
         "over": over,
         "interrupted": False,
         "stages": {name: {**one["mean"], "n": int(one["mean"].get("n", 0))} for name, one in points.items()},
-        "sweep": {name: {"runs": one["runs"], "mean": one["mean"], "std": one["std"]} for name, one in points.items()},
+        "sweep": points,
     }
     write_text(run_dir / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -28,6 +28,7 @@ from reward.artefact import RankerArtefact
 from reward.laac import LaacRanker, LaacShape
 from reward.metrics import tail_items
 from trainer.checkpoints import CheckpointStore, Facts, check_own, open_checkpoint, open_model, read_manifest
+from trainer.durable import write_text
 from trainer.jobs import LaacJob
 from trainer.laac_batches import TransitionTable
 from trainer.laac_evaluation import SessionEvaluation, answer_lists, invalid_rate, sampled, without_invalid
@@ -42,6 +43,8 @@ LOG_EVERY = 100
 """Steps of a line of metrics.jsonl, which holds their means."""
 CACHE = "reference.parquet"
 PROGRESS = "progress.json"
+DIVERGED = "diverged.txt"
+"""File of a run whose critics diverged: the line that it ended with. The same start would end so again."""
 POLICY, CRITIC = "ranker", "critic"
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -170,6 +173,7 @@ class LaacRun:
             RunError: the critics diverged; the last checkpoint stays.
         """
         job = self.job
+        (self.folder / DIVERGED).unlink(missing_ok=True)
         item_NR, weight_NR, counts, answers = self.reference()
         facts: dict[str, Any] = {"sessions": dict(self.sessions.counts)}
         if job.laac.method.asks:
@@ -261,6 +265,7 @@ class LaacRun:
         except DivergedError as error:
             newest = self.store.latest()
             last = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            write_text(self.folder / DIVERGED, f"{error}; {last}\n")
             raise RunError(f"{error}; {last}") from error
         progress.seconds += time.monotonic() - begun
         progress.steps += until - step

@@ -17,14 +17,16 @@ from launch.config import load_job, to_yaml
 from launch.provenance import ROOT
 from launch.report import render
 from launch.sweep_command import sweep
+from trainer.laac_job import DIVERGED
 
 
 class FakeTraining:
     """Writes the summary of a run whose metrics follow from alpha and seed."""
 
-    def __init__(self, *, fails_at: int | None = None) -> None:
+    def __init__(self, *, fails_at: int | None = None, diverges_at: str = "") -> None:
         self.calls: list[list[str]] = []
         self.fails_at = fails_at
+        self.diverges_at = diverges_at
 
     def __call__(self, arguments: list[str]) -> int:
         self.calls.append(arguments)
@@ -35,6 +37,9 @@ class FakeTraining:
         stage = {"n": 10, "recall@10": 0.1 * alpha + 0.01 * seed, "novelty@10": 0.5 - 0.1 * alpha, "ild@10": 0.5}
         folder = Path(given["--run-dir"])
         folder.mkdir(parents=True)
+        if given.get("--laac.alpha") == self.diverges_at:
+            (folder / DIVERGED).write_text("the critics diverged in step 7: gap grew\n")
+            return 1
         content = {"format": 1, "interrupted": False, "stages": {"laac": {**stage, "ci95": {}}}}
         (folder / "summary.json").write_text(json.dumps(content))
         return 0
@@ -67,6 +72,19 @@ def test_each_value_and_seed_is_run_once(tmp_path: Path) -> None:
         "laac.alpha=3",
         "laac.alpha=10",
     }
+
+
+def test_critics_that_diverge_are_counted_and_not_run_again(tmp_path: Path) -> None:
+    training = FakeTraining(diverges_at="0")
+    asked = {"over": "laac.alpha", "values": ("0", "3"), "seeds": (1, 2)}
+    for _ in range(2):
+        answer = sweep("laac", tmp_path, runner=training, **asked)  # type: ignore[arg-type]
+    assert len(training.calls) == 4
+    schema = json.loads((ROOT / "docs" / "schemas" / "sweep.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    assert answer["points"]["laac.alpha=0"] == {"runs": 0, "diverged": 2, "mean": {}, "std": {}}
+    assert (answer["points"]["laac.alpha=3"]["runs"], answer["points"]["laac.alpha=3"]["diverged"]) == (2, 0)
+    assert "laac.alpha=3" in render(tmp_path)
 
 
 def test_seeds_alone_are_one_point(tmp_path: Path) -> None:

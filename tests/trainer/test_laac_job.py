@@ -32,7 +32,7 @@ from tests.requirements import require
 from tests.small_world import read_steps, write_recipe
 from trainer.jobs import LaacJob
 from trainer.laac_batches import TransitionTable
-from trainer.laac_job import LaacRun, needs_cluster
+from trainer.laac_job import DIVERGED, LaacRun, needs_cluster
 from trainer.laac_learner import LaacLearner
 from trainer.laac_settings import LaacSettings, Weighting
 from trainer.reference_answers import ReferenceAnswers, weighted
@@ -220,6 +220,7 @@ def test_critics_that_diverge_end_the_run(dataset: Dataset, tmp_path: Path, caps
     assert "gap grew from" in told or "td grew from" in told or "grounding grew from" in told
     assert f"the last good checkpoint is {folder / 'checkpoints' / steps[-1]}" in told
     assert not (folder / "summary.json").exists()
+    assert (folder / DIVERGED).read_text().strip() in told
 
 
 def test_a_cache_is_read_only_where_it_was_asked_alike(dataset: Dataset, tmp_path: Path) -> None:
