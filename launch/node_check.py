@@ -20,6 +20,8 @@ from launch.provenance import library_versions
 DEADLINE_S = 120.0
 LARGEST_SKEW_S = 60.0
 """Clocks that differ by more make file times, tokens and logs of several nodes contradict each other."""
+_CHECKED: set[tuple[str, tuple[Path, ...]]] = set()
+"""Nodes, by Ray's id, with the folders that this process has checked them for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def _answer(call: Any, address: str) -> NodeFacts:
 
 
 def check_nodes(folders: Sequence[Path], *, deadline_s: float = DEADLINE_S) -> None:
-    """Check every node of the connected Ray cluster.
+    """Check every node of the connected Ray cluster that was not checked for these folders before.
 
     Raises:
         RequestError: a node does not share a folder.
@@ -103,6 +105,9 @@ def check_nodes(folders: Sequence[Path], *, deadline_s: float = DEADLINE_S) -> N
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    new = [node for node in ray.nodes() if node["Alive"] and (node["NodeID"], tuple(folders)) not in _CHECKED]
+    if not new:
+        return
     markers: dict[str, str] = {}
     asked_at = time.time()
     try:
@@ -115,13 +120,13 @@ def check_nodes(folders: Sequence[Path], *, deadline_s: float = DEADLINE_S) -> N
             remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 markers
             ): node["NodeManagerAddress"]
-            for node in ray.nodes()
-            if node["Alive"]
+            for node in new
         }
         ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=deadline_s)
         if late:
             raise RunError(f"node {calls[late[0]]} did not answer within {deadline_s:.0f} s")
         judge({calls[call]: _answer(call, calls[call]) for call in ready}, here=look({}), asked_at=asked_at)
+        _CHECKED.update((node["NodeID"], tuple(folders)) for node in new)
     finally:
         for path in markers:
             Path(path).unlink(missing_ok=True)

@@ -11,12 +11,14 @@ from typing import Any
 from data.dataset import Dataset
 from launch.cluster import cluster
 from launch.memory import MemorySampler
+from launch.node_check import check_nodes
 from launch.run_directory import RunDirectory
 from trainer.checkpoints import CheckpointStore, latest_checkpoint, read_manifest
 from trainer.failure_policy import Action, Failure, Part, Situation, decide
 from trainer.interruption import Interruption
 from trainer.jobs import CriticJob, Job, LaacJob, PolicyJobSettings, RankerJob, RlJob, SftJob
 from trainer.learner_group import LearnerLost
+from trainer.preflight import check_cluster
 from trainer.run_log import RunLog
 from trainer.run_status import StatusFile
 
@@ -50,6 +52,7 @@ def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: In
     When learners die, all parts begin again from the newest checkpoint, as often as the failure policy allows.
     """
     failures: list[Failure] = []
+    check_newcomers(job, run)
     while True:
         try:
             return _run_parts(job, run, interruption, len(failures))
@@ -62,6 +65,20 @@ def train_policy_job(job: PolicyJobSettings, run: RunDirectory, interruption: In
                 raise
             failures.append(failure)
             print(f"windlass: {error}: {decision.action.value} ({decision.reason})", file=sys.stderr)
+
+
+def check_newcomers(job: PolicyJobSettings, run: RunDirectory) -> None:
+    """Wait for the nodes that the job asks for, and check those that came since the cluster was joined.
+
+    Raises:
+        RequestError: what is missing within `cluster.preflight_deadline_s`, or a node that does not share the run.
+        RunError: a node that does not fit.
+    """
+    if not job.cluster.joins or not isinstance(job, SftJob | RlJob):
+        return
+    if not isinstance(job, RlJob) or job.rollout_only is None:
+        check_cluster(job, with_fleet=not isinstance(job, RlJob) or job.train_only is None)
+    check_nodes([run.path])
 
 
 def _run_parts(job: PolicyJobSettings, run: RunDirectory, interruption: Interruption, restarts: int) -> dict[str, Any]:

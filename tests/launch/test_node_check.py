@@ -91,3 +91,30 @@ def test_a_node_without_the_environment_is_named(monkeypatch: pytest.MonkeyPatch
     assert crashed.endswith("; install the same version, with its dependencies, on every node")
     absent = ModuleNotFoundError("No module named 'xxhash'")
     assert "No module named 'xxhash'" in asked(RayTaskError("look", "long\ntraceback", absent))
+
+
+def test_a_node_is_checked_once_for_its_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cluster that grows meanwhile: those that came are checked, and nobody else again."""
+    require("ray")
+    import ray
+
+    ids = ["c0" * 28]
+    asked: list[str] = []
+
+    class Task:
+        def options(self, *, scheduling_strategy: Any) -> Any:
+            asked.append(scheduling_strategy.node_id)
+            return SimpleNamespace(remote=lambda _: scheduling_strategy.node_id)
+
+    facts = dataclasses.replace(look({}), folders={})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": i, "NodeManagerAddress": i, "Alive": True} for i in ids])
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Task())
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls, []))
+    monkeypatch.setattr(ray, "get", lambda _: facts)
+    for folders in ([tmp_path], [tmp_path], []):
+        check_nodes(folders)
+    assert asked == ids * 2, "another folder is another question"
+    ids.append("d0" * 28)
+    check_nodes([tmp_path])
+    assert asked == [ids[0], ids[0], ids[1]]
+    assert list(tmp_path.iterdir()) == []

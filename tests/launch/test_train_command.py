@@ -1,5 +1,5 @@
 """Contract: a job whose learners are lost begins again from its checkpoint, as often as the failure policy allows and
-never without one, and every step tells how often that was.
+never without one, and every step tells how often that was; nodes that joined the cluster late are checked as well.
 
 The parts of the job are stand-ins. Learners that die for real: test_kill.py.
 """
@@ -50,6 +50,24 @@ def test_lost_learners_begin_again_and_are_counted(tmp_path: Path) -> None:
     assert begun(tmp_path, losses=2) == ([0, 1, 2], {"steps": 7})
     told, ended = begun(tmp_path, losses=9)
     assert (told, str(ended)) == ([0, 1, 2], "rank 1 died")
+
+
+@pytest.mark.parametrize(
+    ("sections", "with_fleet"), [({}, True), ({"train_only": "dump"}, False), ({"rollout_only": "dump"}, None)]
+)
+def test_nodes_that_came_late_are_checked(
+    sections: dict[str, Any], with_fleet: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First those that the job asks for are waited for; a cluster of one's own has no others."""
+    done: list[Any] = []
+    monkeypatch.setattr(train_command, "check_cluster", lambda _, *, with_fleet: done.append(with_fleet))
+    monkeypatch.setattr(train_command, "check_nodes", lambda folders: done.append(folders))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run: Any = SimpleNamespace(path=tmp_path)
+    for address in (None, "auto"):
+        content = recipe(tmp_path, "rl", cluster={"address": address}, **sections)
+        train_command.check_newcomers(RlJob.model_validate(content), run)
+    assert done == [*([] if with_fleet is None else [with_fleet]), [tmp_path]]
 
 
 def test_every_step_tells_how_often_learners_began_again() -> None:
