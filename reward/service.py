@@ -7,18 +7,18 @@ see a reason and try again.
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import uuid
 from pathlib import Path
 from typing import Any
 
 from data.errors import RequestError, RunError
+from reward.bearer import bearer_token, required_token
 from reward.client import HandleAttempt, HttpAttempt, RewardClient
 from reward.list_ranker import check_list_ranker
 from reward.ranker import check_ranker
 from reward.replica import ReplicaOptions, RewardReplica
-from reward.settings import RewardSettings, Transport, is_loopback
+from reward.settings import RewardSettings, Transport
 from reward.swap_client import HandleSwapAttempt, HttpSwapAttempt, SwapClient
 
 NAME = "windlass-reward"
@@ -32,29 +32,8 @@ def check_service(settings: RewardSettings) -> None:
     """
     if settings.url is not None or not settings.asks_service:
         return
-    require_token(settings.host, settings)
+    required_token("reward.host", settings.host, settings.token_env)
     _check_rankers(settings)
-
-
-def bearer_token(settings: RewardSettings) -> str | None:
-    """The token from the environment variable `token_env`, None when it is unset or empty."""
-    return os.environ.get(settings.token_env, "").strip() or None
-
-
-def require_token(host: str, settings: RewardSettings) -> str | None:
-    """The token, which may be missing on a loopback address only.
-
-    Raises:
-        RequestError: another address without a token.
-    """
-    token = bearer_token(settings)
-    if token is None and not is_loopback(host):
-        raise RequestError(
-            "reward.host",
-            host,
-            f"127.0.0.1, ::1 or localhost, or a bearer token in the environment variable {settings.token_env}",
-        )
-    return token
 
 
 class RewardService:
@@ -82,7 +61,7 @@ class RewardService:
             return cls(settings, address=settings.url, handle=None, app_name=None)
         if not settings.asks_service:
             raise RequestError("reward.ranker", "none", "a ranker: the service has nothing to score with")
-        token = require_token(settings.host, settings)
+        token = required_token("reward.host", settings.host, settings.token_env)
         _check_rankers(settings)
 
         from ray import serve
@@ -105,13 +84,13 @@ class RewardService:
         """A client with the configured transport; a service elsewhere is always called over HTTP."""
         if self._handle is not None and self.settings.transport is Transport.HANDLE:
             return RewardClient(HandleAttempt(self._handle), self.settings)
-        return RewardClient(HttpAttempt(self.address, bearer_token(self.settings)), self.settings)
+        return RewardClient(HttpAttempt(self.address, bearer_token(self.settings.token_env)), self.settings)
 
     def swap_client(self) -> SwapClient:
         """A client for swap credit, with the transport of `client`."""
         if self._handle is not None and self.settings.transport is Transport.HANDLE:
             return SwapClient(HandleSwapAttempt(self._handle), self.settings)
-        return SwapClient(HttpSwapAttempt(self.address, bearer_token(self.settings)), self.settings)
+        return SwapClient(HttpSwapAttempt(self.address, bearer_token(self.settings.token_env)), self.settings)
 
     def close(self) -> None:
         """Take the application down. Serve itself stays until the cluster ends or the next start."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from enum import StrEnum
 from typing import Self
 
@@ -134,13 +133,3 @@ class RewardSettings(Settings):
     def asks_service(self) -> bool:
         """True when a step needs the reward service."""
         return self.asks_ranker or self.list_ranker is not None
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost` and addresses of 127.0.0.0/8 and ::1; names other than localhost are not."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

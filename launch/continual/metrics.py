@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import os
 import socket
 import threading
 from collections import Counter
@@ -23,7 +22,6 @@ from data.settings import Settings
 from launch.continual.journal import Pass, PassState
 from launch.continual.reasons import Decision
 from launch.continual.webhook import Delivery
-from reward.settings import is_loopback
 
 PREFIX = "windlass_continual"
 
@@ -39,18 +37,6 @@ class MetricsSettings(Settings):
     """Address of that port. Any address but a loopback one requires the token."""
     token_env: str = Field("WINDLASS_METRICS_TOKEN", min_length=1)
     """Environment variable with the bearer token of whoever asks; the token itself never enters a configuration."""
-
-    def token(self) -> str | None:
-        """The token, which may be missing on a loopback address only.
-
-        Raises:
-            RequestError: another address without a token.
-        """
-        token = os.environ.get(self.token_env, "").strip() or None
-        if token is None and not is_loopback(self.host):
-            legal = f"127.0.0.1, ::1 or localhost, or a bearer token in the environment variable {self.token_env}"
-            raise RequestError("continual.metrics.host", self.host, legal)
-        return token
 
 
 @dataclass(frozen=True, kw_only=True)

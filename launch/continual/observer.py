@@ -25,6 +25,7 @@ from launch.continual.reasons import Decision
 from launch.continual.registry import Registry
 from launch.continual.results import Result
 from launch.continual.webhook import Webhook, WebhookSettings
+from reward.bearer import required_token
 
 FORMAT: Final = 1
 TICK_S: Final = 1.0
@@ -62,7 +63,8 @@ class Observer:
         self._clock = clock
         self.collector = ServiceCollector()
         if metrics.port is not None:
-            self.collector.listen(metrics.host, metrics.port, metrics.token())
+            token = required_token("continual.metrics.host", metrics.host, metrics.token_env)
+            self.collector.listen(metrics.host, metrics.port, token)
         self._seen = -1
         self._told, self._deliveries = self._begin()
         if self._webhook is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,14 @@ from data.feedback import day_of
 from launch.serving.replica import ReplicaOptions, ServingReplica
 from launch.serving.served import current_number, open_registry
 from launch.serving.settings import ServeSettings
+from reward.bearer import required_token
 from reward.service import base_url, check_port, quiet, serve_at, why_not
-from reward.settings import is_loopback
 from rollout.settings import RolloutSettings
 from trainer.initial_model import CATALOGUE
 
 NAME = "windlass-serve"
 _MORE_THAN_WAITING = 64
 """Further requests that the process takes beyond `max_waiting`, to refuse them with a reason."""
-
-
-def bearer_token(settings: ServeSettings) -> str | None:
-    """The token, which may be missing on a loopback address only.
-
-    Raises:
-        RequestError: another address without a token.
-    """
-    token = os.environ.get(settings.token_env, "").strip() or None
-    if token is None and not is_loopback(settings.host):
-        legal = f"127.0.0.1, ::1 or localhost, or a bearer token in the environment variable {settings.token_env}"
-        raise RequestError("--host", settings.host, legal)
-    return token
 
 
 def check_service(registry: Path, log: Path, settings: ServeSettings, *, now: float) -> None:
@@ -43,7 +29,7 @@ def check_service(registry: Path, log: Path, settings: ServeSettings, *, now: fl
         RequestError: no registry, nothing served, a catalogue that is too small, a log that is no folder or has
             today's rows already, an address without the token, a port in use.
     """
-    bearer_token(settings)
+    required_token("--host", settings.host, settings.token_env)
     opened = open_registry(registry)
     catalogue = Catalogue.load(opened.version(current_number(opened)).path / CATALOGUE)
     if settings.beams > catalogue.n_items:
@@ -75,7 +61,7 @@ class RecommendService:
             RequestError: an address without the token, or in use.
             RunError: the application did not come up.
         """
-        token = bearer_token(settings)
+        token = required_token("--host", settings.host, settings.token_env)
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -16,10 +16,11 @@ import pytest
 from data.errors import RequestError
 from data.records import NO_ITEM, Decode, DecodeSpec, Groups, Prompt, RewardFailure
 from reward.batch_scoring import BatchScores
+from reward.bearer import is_loopback
 from reward.client import RewardClient
 from reward.rules import rank_penalty
 from reward.scoring import RewardScorer
-from reward.settings import RewardSettings, is_loopback
+from reward.settings import RewardSettings
 from reward.wire import ScoreCall
 from tests.reward.rankers import plain_scores
 
