@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import ragged
 from data.codes import Codes, OnCollision, load_codes, parse_card
 from data.errors import RequestError
 from data.parquet import read_table
@@ -132,9 +133,7 @@ class Catalogue:
     def tokens_of(self, items: npt.NDArray[np.integer]) -> tuple[IntArray, IntArray]:
         """Token paths of many items, one after the other, and the length of each."""
         length = (self.path_start[items + 1] - self.path_start[items]).astype(np.int64)
-        skipped = np.cumsum(length) - length
-        position = np.arange(int(length.sum())) + np.repeat(self.path_start[items] - skipped, length)
-        return self.path_values[position], length.astype(np.int32)
+        return self.path_values[ragged.positions(self.path_start[items], length)], length.astype(np.int32)
 
     def padded_tokens(self, items: npt.NDArray[np.integer]) -> tuple[IntArray, IntArray]:
         """Token paths of items of any shape, padded with -1 to the longest on a last axis, and the length of each.

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
+from data import ragged
 from data.dataset import Sequences
 from data.errors import RequestError
 from data.records import FloatArray
@@ -96,8 +97,7 @@ def cooccurrence_counts(sequences: Sequences, n_items: int, window: int | None) 
     """
     size = np.asarray(sequences.end_S - sequences.start_S)
     owner = np.repeat(np.arange(len(size)), size)
-    offset = np.repeat(sequences.start_S - (np.cumsum(size) - size), size)
-    item = sequences.values[np.arange(int(size.sum())) + offset].astype(np.int64)
+    item = sequences.values[ragged.positions(sequences.start_S, size)].astype(np.int64)
     if window is None:
         ones = np.ones(len(item), dtype=np.float64)
         has = scipy.sparse.csr_array((ones, (owner, item)), shape=(len(size), n_items))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
+from data import ragged
 from data.catalogue import Catalogue
 from data.dataset import Samples
 from data.errors import RequestError
-from data.records import NO_ITEM, IntArray, Prompt
+from data.records import NO_ITEM, BoolArray, IntArray, LongArray, Prompt
+
+BLOCK = 4096
+"""Rows whose prompts are made at once."""
 
 
 class PromptCount(StrEnum):
@@ -67,65 +72,101 @@ class PromptBuilder:
     def build(self, samples: Samples, rows: npt.NDArray[np.integer] | None = None) -> PromptBatch:
         """Prompts of the given rows (all by default), in their order; `prompt_id` is the sample id."""
         counts = dict.fromkeys((count.value for count in PromptCount), 0)
-        chosen = range(len(samples)) if rows is None else rows.tolist()
-        prompts = [self._prompt(samples, row, counts) for row in chosen]
+        chosen = np.arange(len(samples)) if rows is None else rows
+        prompts: list[Prompt] = []
+        for first in range(0, len(chosen), BLOCK):
+            part = samples.take(chosen[first : first + BLOCK])
+            prompts += self._assembled(part, counts)
         return PromptBatch(prompts=prompts, counts=counts)
 
     def prompt(self, history: IntArray, prompt_id: int = 0) -> tuple[Prompt, dict[str, int]]:
         """One prompt of a bare history, for requests that come without a user or a target."""
         counts = dict.fromkeys((count.value for count in PromptCount), 0)
-        whole = np.asarray(history, dtype=np.int32)
-        prompt = self._assemble(whole, prompt_id, user_id=-1, target=NO_ITEM, timestamp=0, counts=counts)
-        return prompt, counts
-
-    def _prompt(self, samples: Samples, row: int, counts: dict[str, int]) -> Prompt:
-        return self._assemble(
-            samples.values[int(samples.start_N[row]) : int(samples.end_N[row])],
-            int(samples.sample_id_N[row]),
-            user_id=int(samples.user_id_N[row]),
-            target=int(samples.target_N[row]),
-            timestamp=int(samples.timestamp_N[row]),
-            counts=counts,
+        alone = Samples(
+            user_id_N=np.array([-1], np.int32),
+            target_N=np.array([NO_ITEM], np.int32),
+            timestamp_N=np.zeros(1, np.int64),
+            sample_id_N=np.array([prompt_id], np.int64),
+            values=np.asarray(history, dtype=np.int32),
+            start_N=np.zeros(1, np.int64),
+            end_N=np.array([len(history)], np.int64),
         )
+        return self._assembled(alone, counts)[0], counts
 
-    def _assemble(
-        self, whole: IntArray, prompt_id: int, *, user_id: int, target: int, timestamp: int, counts: dict[str, int]
-    ) -> Prompt:
-        catalogue = self.catalogue
-        known = (whole >= 0) & (whole < catalogue.n_items)
-        if not known.all():
-            counts[PromptCount.UNKNOWN_ITEMS] += int((~known).sum())
-            whole = whole[known]
-        latest = whole[max(0, len(whole) - self.history) :]
-        shown, tokens = self.written(latest)
-        if len(shown) < len(latest):
-            counts[PromptCount.SHORTENED] += 1
-        if not len(shown):
-            counts[PromptCount.EMPTY_HISTORY] += 1
-        exclusions = np.unique(whole) if self.exclude_seen else np.zeros(0, dtype=np.int32)
-        if target != NO_ITEM and not self._reachable(target, exclusions):
-            counts[PromptCount.TARGET_UNREACHABLE] += 1
-        return Prompt(
-            prompt_id=prompt_id,
-            token_ids=tokens,
-            user_id=user_id,
-            history=np.ascontiguousarray(shown, dtype=np.int32),
-            exclusions=exclusions.astype(np.int32),
-            target=target,
-            timestamp=timestamp,
-        )
+    def _assembled(self, samples: Samples, counts: dict[str, int]) -> list[Prompt]:
+        """Prompts of all rows; everything but the records themselves is made for all rows at once."""
+        length_N = samples.end_N - samples.start_N
+        whole_E = samples.values[ragged.positions(samples.start_N, length_N)]
+        known_E = (whole_E >= 0) & (whole_E < self.catalogue.n_items)
+        if not known_E.all():
+            counts[PromptCount.UNKNOWN_ITEMS] += int((~known_E).sum())
+            length_N = ragged.kept_lengths(length_N, known_E)
+            whole_E = whole_E[known_E]
+        latest_N = np.minimum(length_N, self.history)
+        latest_E = whole_E[ragged.positions(ragged.bounds(length_N)[1:] - latest_N, latest_N)]
+        written = self.written_all(latest_E.astype(np.int32, copy=False), latest_N)
+        shown_N = np.array([len(shown) for shown, _ in written])
+        counts[PromptCount.SHORTENED] += int((shown_N < latest_N).sum())
+        counts[PromptCount.EMPTY_HISTORY] += int((shown_N == 0).sum())
+        exclusion_E, excluded_N = self._exclusions(whole_E, length_N)
+        reachable_N = self._reachable(samples.target_N, exclusion_E, excluded_N)
+        counts[PromptCount.TARGET_UNREACHABLE] += int((~reachable_N & (samples.target_N != NO_ITEM)).sum())
+        return [
+            Prompt(
+                prompt_id=prompt_id,
+                token_ids=tokens,
+                user_id=user_id,
+                history=shown,
+                exclusions=exclusions,
+                target=target,
+                timestamp=timestamp,
+            )
+            for prompt_id, user_id, target, timestamp, (shown, tokens), exclusions in zip(
+                samples.sample_id_N.tolist(),
+                samples.user_id_N.tolist(),
+                samples.target_N.tolist(),
+                samples.timestamp_N.tolist(),
+                written,
+                ragged.split(exclusion_E, excluded_N),
+                strict=True,
+            )
+        ]
 
     def written(self, items: IntArray) -> tuple[IntArray, IntArray]:
         """The latest of the items that a prompt has room for, and its tokens."""
-        tokens, length = self.catalogue.tokens_of(items)
-        if 1 + len(tokens) > self.max_prompt_tokens:
-            from_here = np.cumsum(length[::-1])[::-1]
-            items = items[from_here < self.max_prompt_tokens]
-            tokens, _ = self.catalogue.tokens_of(items)
-        return items, np.concatenate([[self.catalogue.vocabulary.bos], tokens]).astype(np.int32)
+        return self.written_all(items, np.array([len(items)]))[0]
 
-    def _reachable(self, target: int, exclusions: IntArray) -> bool:
-        if not 0 <= target < self.catalogue.n_items or not self.catalogue.active[target]:
-            return False
-        at = int(np.searchsorted(exclusions, target))
-        return at == len(exclusions) or int(exclusions[at]) != target
+    def written_all(self, items_E: IntArray, length_N: LongArray) -> Sequence[tuple[IntArray, IntArray]]:
+        """`written` for many histories that lie one after the other."""
+        tokens_E, size_E = self.catalogue.tokens_of(items_E)
+        # Tokens from an item to the end of its history, which must leave room for `<bos>`.
+        token_bounds = ragged.bounds(size_E)
+        end_E = np.repeat(token_bounds[ragged.bounds(length_N)[1:]], length_N)
+        fits_E = end_E - token_bounds[:-1] < self.max_prompt_tokens
+        if not fits_E.all():
+            tokens_E = tokens_E[np.repeat(fits_E, size_E)]
+            length_N = ragged.kept_lengths(length_N, fits_E)
+            items_E, size_E = items_E[fits_E], size_E[fits_E]
+        begin_N = ragged.bounds(size_E)[ragged.bounds(length_N)]
+        led_E = np.insert(tokens_E, begin_N[:-1], self.catalogue.vocabulary.bos).astype(np.int32, copy=False)
+        rows = ragged.split(items_E, length_N), ragged.split(led_E, np.diff(begin_N) + 1)
+        return list(zip(*rows, strict=True))
+
+    def _exclusions(self, whole_E: IntArray, length_N: LongArray) -> tuple[IntArray, LongArray]:
+        """The distinct items of every row in increasing order, one row after the other, and how many each has."""
+        if not self.exclude_seen:
+            return np.zeros(0, np.int32), np.zeros_like(length_N)
+        row_E = np.repeat(np.arange(len(length_N)), length_N)
+        row_E, item_E = np.divmod(np.unique(row_E * self.catalogue.n_items + whole_E), self.catalogue.n_items)
+        return item_E.astype(np.int32), np.bincount(row_E, minlength=len(length_N))
+
+    def _reachable(self, target_N: IntArray, exclusion_E: IntArray, excluded_N: LongArray) -> BoolArray:
+        """Whether the catalogue can generate each target for its prompt."""
+        items = self.catalogue.n_items
+        known_N = (target_N >= 0) & (target_N < items)
+        active_N = known_N & self.catalogue.active[np.where(known_N, target_N, 0)]
+        row_E = np.repeat(np.arange(len(excluded_N)), excluded_N)
+        reachable_N: BoolArray = active_N & ~np.isin(
+            np.arange(len(target_N)) * items + target_N, row_E * items + exclusion_E
+        )
+        return reachable_N

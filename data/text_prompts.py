@@ -11,11 +11,12 @@ from typing import Final
 
 import numpy as np
 
+from data import ragged
 from data.catalogue import Catalogue
 from data.errors import RequestError
 from data.parquet import first_line
 from data.prompts import PromptBuilder
-from data.records import IntArray
+from data.records import IntArray, LongArray
 from data.text_settings import ItemForm, PromptForm, TextSettings
 from data.text_tokenizer import TextTokenizer
 from data.vocabulary import LEVEL_NAMES
@@ -176,6 +177,10 @@ class TextPromptBuilder(PromptBuilder):
     def written(self, items: IntArray) -> tuple[IntArray, IntArray]:
         """See `PromptBuilder.written`."""
         return self.written_in(items, self.settings.history)
+
+    def written_all(self, items_E: IntArray, length_N: LongArray) -> Sequence[tuple[IntArray, IntArray]]:
+        """See `PromptBuilder.written_all`."""
+        return [self.written(items) for items in ragged.split(items_E, length_N)]
 
     def written_in(self, items: IntArray, form: ItemForm) -> tuple[IntArray, IntArray]:
         """`written` with the history in a form of its own."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
+from data.prompt_shard import PromptShard
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
 from rollout import vllm_internals as internals
 from rollout.dispatch import Call, Dispatch
@@ -171,7 +172,7 @@ class RolloutFleet:
             raise RequestError("prompts", "none", "at least one")
         size = self.settings.shard_size
         exclude = has_exclusions(prompts)
-        shards = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        shards = [PromptShard(prompts[start : start + size]) for start in range(0, len(prompts), size)]
 
         def check(index: int, part: Groups) -> None:
             self.violations.update(self._violations.count(shards[index], part))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data import ragged
 from data.catalogue import Catalogue
 from data.dataset import Samples, Sequences
 from data.errors import RequestError
@@ -71,8 +72,7 @@ def response_sequences(logged: LoggedRows) -> Sequences:
     values[end_N - 1] = rows.target_N
     context = np.ones(len(values), np.bool_)
     context[end_N - 1] = False
-    within = np.arange(int(length_N.sum())) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-    values[context] = rows.values[np.repeat(rows.start_N, length_N) + within]
+    values[context] = rows.values[ragged.positions(rows.start_N, length_N)]
     return Sequences(
         values=values, start_S=end_N - length_N - 1, end_S=end_N, loss_from_S=length_N, user_id_S=rows.user_id_N
     )

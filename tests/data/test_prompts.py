@@ -70,3 +70,29 @@ def test_a_request_without_a_user() -> None:
 def test_a_limit_below_one_item_is_refused() -> None:
     with pytest.raises(RequestError, match="max_prompt_tokens: 3; legal: at least 4"):
         PromptBuilder(CATALOGUE, 3, True, 3)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    histories=st.lists(st.lists(st.integers(-1, 6), max_size=9), min_size=1, max_size=6),
+    shown=st.integers(1, 6),
+    limit=st.integers(4, 12),
+    exclude=st.booleans(),
+    block=st.integers(1, 4),
+)
+def test_many_rows_are_those_of_each_alone(
+    histories: list[list[int]], shown: int, limit: int, exclude: bool, block: int
+) -> None:
+    builder = PromptBuilder(CATALOGUE, shown, exclude, limit)
+    source = samples(histories, [index % 7 - 1 for index in range(len(histories))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.prompts.BLOCK", block)
+        whole = builder.build(source)
+    alone = [builder.build(source, np.array([row])) for row in range(len(histories))]
+    assert whole.counts == {name: sum(one.counts[name] for one in alone) for name in whole.counts}
+    for ours, (theirs,) in zip(whole.prompts, (one.prompts for one in alone), strict=True):
+        for name in ("token_ids", "history", "exclusions"):
+            mine, his = getattr(ours, name), getattr(theirs, name)
+            assert mine.tolist() == his.tolist()
+            assert mine.dtype == his.dtype == np.int32
+        assert (ours.prompt_id, ours.target, ours.timestamp) == (theirs.prompt_id, theirs.target, theirs.timestamp)

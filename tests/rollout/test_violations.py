@@ -1,4 +1,6 @@
-"""The independent check passes what an engine returns, and counts each kind of damage done to it."""
+"""The independent check passes what an engine returns, and counts each kind of damage done to it; its table of paths
+knows what a dictionary knows.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.catalogue import Catalogue
 from data.records import Decode, DecodeSpec, Groups, Prompt
 from rollout.engine import Engine
-from rollout.violations import Violation, ViolationCounter
+from rollout.violations import PathTable, Violation, ViolationCounter
 from tests.tiny_model import random_prompts
 
 
@@ -58,3 +62,26 @@ def test_each_kind_is_counted(catalogue: Catalogue, prompts: list[Prompt], group
     assert found(catalogue, banned, groups) == {Violation.EXCLUDED: 1}
     retired = found(catalogue.retire([item]), prompts, groups)
     assert retired == {Violation.RETIRED: int((groups.item_PG == item).sum())}
+
+
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(codes=st.lists(PATHS, min_size=1, max_size=6), asked=st.lists(PATHS, min_size=1, max_size=6))
+def test_paths_are_found_as_in_a_dictionary(codes: list[list[int]], asked: list[list[int]]) -> None:
+    catalogue = Catalogue.from_codes(codes)
+    paths = [tuple(catalogue.tokens(item).tolist()) for item in range(len(codes))]
+    of_item: dict[tuple[int, ...], set[int]] = {}
+    for item, path in enumerate(paths):
+        of_item.setdefault(path, set()).add(item)
+    table = PathTable(catalogue)
+    used = sorted({token for path in paths for token in path})
+    wanted = [*paths, *(tuple(used[choice % len(used)] for choice in path) for path in asked)]
+    width = max(map(len, wanted)) + 1
+    padded_MT = np.array([[*path, *[-1] * (width - len(path))] for path in wanted], np.int32)
+    number_of_item = table.numbers_of(np.arange(len(codes), dtype=np.int32))
+    for path, number in zip(wanted, table.numbers(padded_MT).tolist(), strict=True):
+        assert set(np.flatnonzero(number_of_item == number).tolist()) == of_item.get(path, set())
+        assert (number == -1) == (path not in of_item)
+    assert table.numbers_of(np.array([-1, len(codes)], np.int32)).tolist() == [-1, -1]
