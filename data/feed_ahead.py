@@ -1,7 +1,8 @@
 """A feed whose next batch is drawn while the present one is worked on.
 
-Building prompts is Python, 50 microseconds each: for the batches of a large fleet that is seconds in which no engine
-would have work. What is drawn, and the cursor that a checkpoint gets, are those of the feed itself.
+Building prompts takes 20 microseconds each: for the batches of a large fleet that is a second in which no engine would
+have work, and as much of the interpreter, which the thread that hands out work needs first. So whoever knows when the
+engines are busy says `begin`. What is drawn, and the cursor that a checkpoint gets, are those of the feed itself.
 
 | waits  | for                              | unblocked by                           |
 |--------|----------------------------------|----------------------------------------|
@@ -34,15 +35,20 @@ class FeedAhead:
         self._next: Future[_Drawn] | None = None
 
     def next(self) -> DrawnPrompts:
-        """The next batch of the feed; begins to draw the one after it.
+        """The next batch of the feed.
 
         Raises:
             Exception: whatever drawing it raised.
         """
         drawn = self._draw() if self._next is None else self._next.result()
+        self._next = None
         self._cursor = drawn.cursor
-        self._next = self._thread.submit(self._draw)
         return drawn.prompts
+
+    def begin(self) -> None:
+        """Begin to draw the batch that `next` will give out, where that is not done yet."""
+        if self._next is None:
+            self._next = self._thread.submit(self._draw)
 
     def _draw(self) -> _Drawn:
         prompts = self._feed.next()

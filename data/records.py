@@ -72,7 +72,7 @@ class Finish(StrEnum):
     """No engine generated it: the ground truth was put into the group."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One context to recommend for."""
 
@@ -105,6 +105,13 @@ class Prompt:
     def constraint_items(self) -> IntArray:
         """What the prompt brings to its constraint: the candidates of its list, or the items it may not get."""
         return self.exclusions if self.candidates is None else self.candidates
+
+
+def excluded_pairs(prompts: Sequence[Prompt]) -> tuple[LongArray, IntArray]:
+    """Every exclusion of the prompts: the row of its prompt, and the item."""
+    size_P = np.array([len(prompt.exclusions) for prompt in prompts], np.int64)
+    items = [np.zeros(0, np.int32), *(prompt.exclusions for prompt in prompts if len(prompt.exclusions))]
+    return np.repeat(np.arange(len(prompts)), size_P), np.concatenate(items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +264,10 @@ class Groups:
             if field.name.endswith("_PGT"):
                 fill = {"token_PGT": -1, "segment_PGT": NO_SEGMENT}.get(field.name, 0)
                 pads = [((0, 0), (0, 0), (0, tokens - a.shape[2])) for a in arrays]
-                arrays = [np.pad(a, pad, constant_values=fill) for a, pad in zip(arrays, pads, strict=True)]
+                arrays = [
+                    np.pad(a, pad, constant_values=fill) if any(pad[2]) else a
+                    for a, pad in zip(arrays, pads, strict=True)
+                ]
             if field.name == "scored_logp_PMT":
                 arrays = _padded_alike(arrays)
             joined[field.name] = np.concatenate(arrays)

@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data.records import NO_ITEM, BoolArray, FloatArray, Groups, IntArray, Prompt, RewardFailure, ScoredGroups
+from data.records import (
+    NO_ITEM,
+    BoolArray,
+    FloatArray,
+    Groups,
+    IntArray,
+    Prompt,
+    RewardFailure,
+    ScoredGroups,
+    excluded_pairs,
+)
 from reward.batch_scoring import BatchScores
 from reward.client import RewardClient
 from reward.names import StepMetric, count_by_reason
@@ -49,7 +59,8 @@ class RewardScorer:
         """Rewards of the groups (of the same prompts, in the same order), and the step's metrics."""
         target_P = np.array([prompt.target for prompt in prompts], dtype=np.int32)
         valid_PG, item_PG = groups.valid_PG, groups.item_PG
-        excluded_P = np.array([prompt.target in prompt.exclusions for prompt in prompts], dtype=np.bool_)
+        row_E, item_E = excluded_pairs(prompts)
+        excluded_P = np.bincount(row_E[item_E == target_P[row_E]], minlength=len(prompts)) > 0
         matched_PG = self.paths(item_PG)
         wanted_P = np.where(excluded_P, NO_ITEM, self.paths(target_P))
         parts = {

@@ -42,12 +42,14 @@ class Dispatch:
     """Told of every engine that is lost."""
     bring_back: Callable[[EngineFailure], None] | None
     """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
+    meanwhile: Callable[[], None] | None = None
+    """Called once, when every engine that may be asked has its first call."""
     check: Callable[[int, Any], None] | None = None
     """Looks at each result, given its index, while other engines still work."""
     _waiting: deque[int] = field(default_factory=deque)
     """Indices of calls that nobody works on."""
     _results: list[Any] = field(default_factory=list)
-    _unchecked: list[int] = field(default_factory=list)
+    _unchecked: deque[int] = field(default_factory=deque)
     """Indices of results that nobody has looked at."""
     _running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
     """Call under way → its index, its engine, when it is overdue."""
@@ -69,56 +71,79 @@ class Dispatch:
         self._results = [None] * len(self.calls)
         # After a failure the calls still under way run out by themselves: a cancelled one leaves a gap in the actor's
         # sequence of calls, for which Ray then waits 30 s.
+        self._hand_out()
+        if self.meanwhile is not None:
+            self.meanwhile()
         while self._waiting or self._running:
             self._hand_out()
-            self._look()
             if not self._running:
                 self._wait_for_somebody()
-                continue
-            self._take_answers()
-        self._look()
+            elif ready := self._answered():
+                for reference in ready:
+                    self._take_answer(reference)
+            elif self._unchecked:
+                self._look()
+            else:
+                self._take_overdue()
+        while self._unchecked:
+            self._look()
         return self._results
 
     def _hand_out(self) -> None:
         """Give every free engine a call."""
+        if not self._waiting:
+            return
         busy = {engine_id for _, engine_id, _ in self._running.values()}
         for engine_id in self.health.named(EngineState.HEALTHY):
-            if self._waiting and engine_id not in busy and engine_id not in self._failed:
-                index = self._waiting.popleft()
-                method, arguments, named = self.calls[index]
-                reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
-                self._running[reference] = index, engine_id, time.monotonic() + self.deadline_s
+            if engine_id not in busy:
+                self._give(engine_id)
+
+    def _give(self, engine_id: str) -> None:
+        """Give an engine a call, where one waits and the engine may be asked."""
+        if not self._waiting or engine_id in self._failed:
+            return
+        index = self._waiting.popleft()
+        method, arguments, named = self.calls[index]
+        reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
+        self._running[reference] = index, engine_id, time.monotonic() + self.deadline_s
 
     def _look(self) -> None:
-        """Check the results that came since the last time."""
+        """Check one result; one at a time, because an engine that answers meanwhile waits for its next call."""
+        index = self._unchecked.popleft()
         if self.check is not None:
-            for index in self._unchecked:
-                self.check(index, self._results[index])
-        self._unchecked.clear()
+            self.check(index, self._results[index])
 
-    def _take_answers(self) -> None:
-        """Wait for an answer, and take all that are there; or the failure of the call that is overdue first."""
+    def _answered(self) -> list[Any]:
+        """Calls that are answered; waits for one, up to the next deadline, where nothing else is to do."""
         import ray
 
         soonest = min(deadline for _, _, deadline in self._running.values())
-        ready, rest = ray.wait(list(self._running), timeout=max(0.0, soonest - time.monotonic()))
-        if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        overdue = not ready
-        for reference in ready or [min(self._running, key=lambda one: self._running[one][2])]:
-            index, engine_id, _ = self._running.pop(reference)
-            try:
-                if overdue:
-                    what = f"no answer within rollout.deadline_s, {self.deadline_s} s"
-                    raise EngineFailure(engine_id, what, LossReason.SILENT)
-                self._results[index] = engine_result(engine_id, reference, self.deadline_s, f"shard {index}")
-            except EngineFailure as failure:
-                self._lost(failure, index)
-                continue
-            self._unchecked.append(index)
-            self.shards[engine_id] += 1
-            if index in self._accused:
-                self.blame(self._accused.pop(index))
+        patience = 0.0 if self._unchecked else max(0.0, soonest - time.monotonic())
+        calls = list(self._running)
+        found = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+        return list(found or ray.wait(calls, timeout=patience)[0])
+
+    def _take_answer(self, reference: Any) -> None:
+        """Take an answer, and give its engine the next call."""
+        index, engine_id, _ = self._running.pop(reference)
+        try:
+            self._results[index] = engine_result(engine_id, reference, self.deadline_s, f"shard {index}")
+        except EngineFailure as failure:
+            self._lost(failure, index)
+            return
+        if self.health.engines[engine_id].state is EngineState.HEALTHY:
+            self._give(engine_id)
+        self._unchecked.append(index)
+        self.shards[engine_id] += 1
+        if index in self._accused:
+            self.blame(self._accused.pop(index))
+
+    def _take_overdue(self) -> None:
+        """The call that is overdue first failed."""
+        reference = min(self._running, key=lambda one: self._running[one][2])
+        index, engine_id, _ = self._running.pop(reference)
+        what = f"no answer within rollout.deadline_s, {self.deadline_s} s"
+        self._lost(EngineFailure(engine_id, what, LossReason.SILENT), index)
 
     def _lost(self, failure: EngineFailure, index: int) -> None:
         """Put the call back in front and see who is to blame: the engine, or the call itself.

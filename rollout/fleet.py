@@ -66,6 +66,8 @@ class RolloutFleet:
     """Asked before a request while engines are joining: verifies those that came up since the last push."""
     rejoin: Callable[[EngineFailure], None] | None = None
     """Brings lost engines back, verified, when nobody is left to ask; raises when it will not."""
+    meanwhile: Callable[[], None] | None = None
+    """Called in every request once the engines have work: what may be done until they answer."""
     joining: dict[str, Any] = field(default_factory=dict)
     """Engines that come up while others carry on and have not answered yet → their first answer."""
     asleep: bool = False
@@ -209,6 +211,7 @@ class RolloutFleet:
             shards=self.shards,
             blame=self._blame,
             bring_back=self.rejoin,
+            meanwhile=self.meanwhile,
             check=check,
         ).run()
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.catalogue import Catalogue
-from data.records import Decode, Groups, IntArray, LongArray, Prompt
+from data.records import Decode, Groups, IntArray, LongArray, Prompt, excluded_pairs
 from rollout.list_violations import ListViolation, ListViolationCounter
 
 
@@ -76,12 +76,9 @@ class ViolationCounter:
 
     def _excluded(self, prompts: Sequence[Prompt], row_M: LongArray, item_M: IntArray) -> int:
         """Completions that are an item which their prompt may not get."""
-        size_P = np.array([len(prompt.exclusions) for prompt in prompts])
-        if not size_P.any():
-            return 0
-        banned_E = np.concatenate([prompt.exclusions for prompt in prompts])
-        banned_row_E, items = np.repeat(np.arange(len(prompts)), size_P), len(self._active)
-        return int(np.isin(row_M * items + item_M, banned_row_E * items + banned_E).sum())
+        row_E, item_E = excluded_pairs(prompts)
+        items = len(self._active)
+        return int(np.isin(row_M * items + item_M, row_E * items + item_E).sum())
 
 
 class PathTable:

@@ -72,6 +72,10 @@ class Lookahead(Generic[Batch]):
             self._newest = later
         return self._begun.pop(step).result()
 
+    def collecting(self) -> bool:
+        """Whether a batch is being collected for a later step."""
+        return any(not batch.done() for batch in self._begun.values())
+
     def settle(self) -> None:
         """Wait until nothing is being collected.
 

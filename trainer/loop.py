@@ -7,6 +7,8 @@ Who waits for whom:
 | waits                | for                                   | unblocked by                                    |
 |----------------------|---------------------------------------|-------------------------------------------------|
 | rollout of step k    | weight version k-1-S on every engine  | both checks of the push, or the push's deadline |
+| reward of step k     | engines that get their first shards   | the request for a later step (S ≥ 1), or        |
+| onwards, S ≥ 1       | of a later step                       | `ENGINES_FIRST_S`                               |
 | reward               | all groups of the batch               | the last shard, or an engine's deadline         |
 | score, colocated     | engines that give their memory back   | their answer, or an engine's deadline           |
 | update               | rewards, scores and the gap's verdict | the reward service's answer, or its deadline    |
@@ -40,6 +42,7 @@ from data.records import BoolArray, FloatArray, Groups, IntArray, Kind, Prompt, 
 from reward.failures import FailureTracker
 from reward.names import StepMetric, count_by_reason
 from reward.scoring import ITEM_MATCH, RewardScorer
+from rollout.fleet import RolloutFleet
 from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
 from trainer.batch_signals import (
     Extended,
@@ -73,6 +76,8 @@ from trainer.training_loop import Metrics, TrainingLoop
 from trainer.trees import Completions
 from trainer.window import Negatives
 
+ENGINES_FIRST_S = 1.0
+"""Most seconds that a step waits until the engines have work: it takes the interpreter from who hands it out."""
 WAITING = "waiting"
 """Folder of a checkpoint with the batches that were collected ahead."""
 
@@ -100,10 +105,19 @@ class RlLoop(TrainingLoop):
     def __post_init__(self) -> None:
         self._rewarding = threading.Lock()
         self._waiting: dict[int, Batch] = {}
+        self._engines_busy = threading.Event()
 
     @cached_property
     def _drawn(self) -> FeedAhead:
-        return FeedAhead(self.feed)
+        drawn = FeedAhead(self.feed)
+
+        def meanwhile() -> None:
+            drawn.begin()
+            self._engines_busy.set()
+
+        if isinstance(self.rollouts, RolloutFleet):
+            self.rollouts.meanwhile = meanwhile
+        return drawn
 
     @cached_property
     def _collector(self) -> Collector:
@@ -150,7 +164,10 @@ class RlLoop(TrainingLoop):
         """Take a batch, score, update, push."""
         step = self.state.step + 1
         with self._wait():
+            self._engines_busy.clear()
             batch = self._ahead.take(step)
+            if self._ahead.collecting() and isinstance(self.rollouts, RolloutFleet):
+                self._engines_busy.wait(ENGINES_FIRST_S)
         self._check_rewards(batch.failure_N)
         prompts, scored, metrics = batch.prompts, batch.scored, dict(batch.metrics)
         groups = scored.groups

@@ -7,15 +7,17 @@ at a time. The fleet sees a handle per engine and cannot tell the difference.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data.catalogue import Catalogue
-from data.records import DecodeSpec, Finish, Groups, Prompt
+from data.prompt_shard import PromptShard
+from data.records import DecodeSpec, Finish, Groups
 from rollout.fleet import RolloutFleet
 from rollout.fleet_health import EngineState
 from rollout.placement import Placement
@@ -23,6 +25,8 @@ from rollout.settings import RolloutSettings
 from rollout.violations import ViolationCounter
 
 ENGINES_PER_PROCESS = 64
+BODIES = 16
+"""Different groups of random items that a process answers with."""
 
 
 class EngineHost:
@@ -32,19 +36,33 @@ class EngineHost:
         self._latency_s = latency_s
         self._catalogue = catalogue
         self._random = np.random.default_rng(seed)
+        self._bodies: dict[int, list[Groups]] = {}
         self._version = 0
         self._worked: list[tuple[float, float]] = []
 
     async def generate(
-        self, engine_id: str, shard: Sequence[Prompt], spec: DecodeSpec, *, exclude: bool | None = None
+        self, engine_id: str, shard: PromptShard, spec: DecodeSpec, *, exclude: bool | None = None
     ) -> Groups:
         """Groups of random items after the latency, which counts from when the shard is there."""
         begun = time.monotonic()
         version = self._version
-        groups = random_groups(shard, spec, self._catalogue, self._random, engine_id=engine_id, version=version)
+        groups = self._groups(shard, spec, engine_id=engine_id, version=version)
         await asyncio.sleep(max(0.0, begun + self._latency_s - time.monotonic()))
         self._worked.append((begun, time.monotonic()))
         return groups
+
+    def _groups(self, shard: PromptShard, spec: DecodeSpec, *, engine_id: str, version: int) -> Groups:
+        """Groups out of a few random ones: many engines share a core here, which would be busy with making them."""
+        rows = len(shard)
+        if rows not in self._bodies:
+            self._bodies[rows] = [random_groups(rows, spec, self._catalogue, self._random) for _ in range(BODIES)]
+        return dataclasses.replace(
+            self._bodies[rows][len(self._worked) % BODIES],
+            spec=spec,
+            prompt_id_P=shard.prompt_id_P,
+            weight_version_P=np.full(rows, version, np.int64),
+            engine_id_P=np.full(rows, engine_id),
+        )
 
     async def describe(self) -> dict[str, str]:
         """See `rollout.engine.Engine`."""
@@ -63,32 +81,24 @@ class EngineHost:
         self._worked = [one for one in self._worked if one[1] >= before]
 
 
-def random_groups(
-    prompts: Sequence[Prompt],
-    spec: DecodeSpec,
-    catalogue: Catalogue,
-    random: np.random.Generator,
-    *,
-    engine_id: str,
-    version: int,
-) -> Groups:
+def random_groups(rows: int, spec: DecodeSpec, catalogue: Catalogue, random: np.random.Generator) -> Groups:
     """Groups as an engine returns them: distinct legal items, with log-probabilities."""
-    rows, width = len(prompts), spec.width
+    width = spec.width
     # Distinct within a group: a random start and a stride without common divisor.
     start_P1 = random.integers(0, catalogue.n_items, (rows, 1))
     item_PG = ((start_P1 + np.arange(width)) % catalogue.n_items).astype(np.int32)
     token_PGT, length_PG = catalogue.padded_tokens(item_PG)
     valid_PG = np.ones((rows, width), np.bool_)
     return Groups(
-        prompt_id_P=np.array([prompt.prompt_id for prompt in prompts], np.int64),
+        prompt_id_P=np.zeros(rows, np.int64),
         valid_PG=valid_PG,
         token_PGT=token_PGT,
         length_PG=length_PG,
         item_PG=item_PG,
         logp_PGT=np.where(token_PGT >= 0, -1.0, 0.0).astype(np.float32),
         finish_PG=np.full((rows, width), Finish.ITEM.value),
-        weight_version_P=np.full(rows, version, np.int64),
-        engine_id_P=np.full(rows, engine_id),
+        weight_version_P=np.zeros(rows, np.int64),
+        engine_id_P=np.full(rows, ""),
         spec=spec,
         constraint="item_trie",
         catalogue_digest=catalogue.digest,

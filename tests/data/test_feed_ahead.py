@@ -48,7 +48,9 @@ def feed(rows: int, batch: int, fails_at: int | None = None) -> Feed:
 @given(rows=st.integers(3, 20), batch=st.integers(1, 3), draws=st.integers(0, 15), more=st.integers(0, 9))
 def test_the_same_batches_and_cursors(rows: int, batch: int, draws: int, more: int) -> None:
     plain, ahead = feed(rows, batch), FeedAhead(feed(rows, batch))
-    for _ in range(draws):
+    for turn in range(draws):
+        for _ in range(turn % 3):
+            ahead.begin()
         assert ahead.next() == plain.next()
         assert ahead.state_dict() == plain.state_dict()
         assert ahead.epochs == plain.epoch + plain.batch / plain.batches_per_epoch
@@ -58,14 +60,16 @@ def test_the_same_batches_and_cursors(rows: int, batch: int, draws: int, more: i
     assert again.load_state_dict(ahead.state_dict()) is None
     restarted = FeedAhead(again)
     for _ in range(more):
+        restarted.begin()
         assert restarted.next() == plain.next()
     restarted.close()
 
 
 def test_an_error_comes_up_where_its_batch_is_asked_for() -> None:
     ahead = FeedAhead(feed(9, 2, fails_at=3))
-    ahead.next()
-    ahead.next()
+    for _ in range(2):
+        ahead.next()
+        ahead.begin()
     with pytest.raises(ValueError, match="no such row"):
         ahead.next()
     ahead.close()
