@@ -133,7 +133,7 @@ def test_failures_come_up_as_themselves(small_fleet: RolloutFleet, catalogue: Ca
         small_fleet.generate([], BEAM)
 
     # An error that is nobody's request, in the engine's words.
-    unreadable = dataclasses.replace(prompts[0], token_ids="no tokens")  # type: ignore[arg-type]
+    unreadable = dataclasses.replace(prompts[0], scored_items=("no item",))  # type: ignore[arg-type]
     with pytest.raises(EngineFailure, match=r"reference-\d: shard 0: \w+Error: .+"):
         small_fleet.generate([unreadable], BEAM)
     # Two engines raised it, so it was the shard: both are asked again.
