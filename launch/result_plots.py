@@ -1,7 +1,8 @@
 """Plots of a results table: values of its rows against a setting, a line per value.
 
 "plots": [{"file": "images/x.svg", "x": "settings.prompt_len", "xlabel": "prompt tokens", "ylabel": "seconds",
-           "where": {"settings.width": 16}, "lines": {"this engine": "ways.ours.seconds.median"}}]
+           "where": {"settings.width": 16}, "lines": {"this engine": "ways.ours.seconds.median"}},
+          {"file": "images/y.svg", "frontier": ["novelty@10", "recall@10"], "where": {"over": "laac.alpha"}}]
 """
 
 from __future__ import annotations
@@ -14,31 +15,53 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field
 
 from data.settings import Settings
-from launch.report_plots import svg
+from launch.report_plots import frontier, svg
 from launch.results import lookup
 
 
-class ResultPlot(Settings):
-    """One plot."""
+class DocsPlot(Settings):
+    """A plot of some rows."""
 
     file: str = Field(pattern=r"^images/[\w.-]+\.svg$")
     """Where it is written, below docs."""
+    where: dict[str, int | float | str] = Field(default_factory=dict)
+    """Places and the values that a row must have there to be drawn."""
+
+    def kept(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Results of the rows that are drawn."""
+        results = [row.get("result") for row in rows]
+        return [one for one in results if all(lookup(one, name) == value for name, value in self.where.items())]
+
+
+class FrontierPlot(DocsPlot):
+    """Two means of sweeps against each other, over the points of all rows."""
+
+    frontier: tuple[str, str]
+    """What lies to the right, and what lies above."""
+
+    def svg(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """The plot; none where fewer than two points have both means."""
+        points: dict[str, Any] = {}
+        for one in self.kept(rows):
+            points |= one["points"]
+        return frontier(points, *self.frontier)
+
+
+class ResultPlot(DocsPlot):
+    """A line per value against a setting."""
+
     x: str
     """Place of the horizontal value in a row's result."""
     xlabel: str
     ylabel: str
     lines: dict[str, str]
     """Places of the values by the label of their line."""
-    where: dict[str, int | float | str] = Field(default_factory=dict)
-    """Places and the values that a row must have there to be drawn."""
     log: bool = True
     """A logarithmic vertical axis: ways that differ by orders of magnitude."""
 
     def points(self, rows: Sequence[Mapping[str, Any]], place: str) -> list[tuple[float, float]]:
         """(x, y) of the rows that have both, by x."""
-        results = [row.get("result") for row in rows]
-        kept = [one for one in results if all(lookup(one, name) == value for name, value in self.where.items())]
-        pairs = [(lookup(one, self.x), lookup(one, place)) for one in kept]
+        pairs = [(lookup(one, self.x), lookup(one, place)) for one in self.kept(rows)]
         return sorted(
             (float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)
         )

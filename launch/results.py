@@ -230,10 +230,11 @@ def draw_plots(docs: Path, table: Mapping[str, Any]) -> None:
     """Draw the plots of a table that have something to show."""
     if "plots" not in table:
         return
-    from launch.result_plots import ResultPlot
+    from launch.result_plots import FrontierPlot, ResultPlot
 
     for plot in table["plots"]:
-        drawn = ResultPlot.model_validate(plot).svg(table["rows"])
+        kind = FrontierPlot if "frontier" in plot else ResultPlot
+        drawn = kind.model_validate(plot).svg(table["rows"])
         if drawn is not None:
             write_text(docs / plot["file"], drawn + "\n")
 

@@ -22,7 +22,7 @@ from launch.commands import COMMANDS
 from launch.config import RECIPES
 from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT, commit
-from launch.result_plots import ResultPlot
+from launch.result_plots import FrontierPlot, ResultPlot
 from launch.results import commands, is_made, markdown, measure, read_table, render
 from launch.train_arguments import resolve, split_arguments
 
@@ -198,6 +198,22 @@ def test_plots_show_the_rows_that_have_values(tmp_path: Path) -> None:
     assert ">absent<" not in drawn
     assert plot.svg(rows[:1]) is None
     assert plot.svg(rows) == drawn
+
+
+def test_a_frontier_joins_the_points_of_sweeps() -> None:
+    def row(alpha: int, right: float) -> dict[str, Any]:
+        mean = {"novelty@10": right, "recall@10": 0.1}
+        return {"name": f"{alpha}", "result": {"over": "a", "points": {f"a={alpha}": {"mean": mean, "std": {}}}}}
+
+    diverged = {"name": "0", "result": {"over": "a", "points": {"a=0": {"mean": {}, "std": {}}}}}
+    rows = [row(10, 0.3), row(3, 0.2), diverged, {"name": "not run", "result": None}]
+    plot = FrontierPlot(file="images/x.svg", frontier=("novelty@10", "recall@10"), where={"over": "a"})
+    drawn = plot.svg(rows)
+    assert drawn is not None
+    for shown in (">10<", ">3<"):
+        assert shown in drawn
+    assert plot.svg(rows[1:]) is None
+    assert plot.svg([row(1, 0.1), {**rows[0], "result": {**rows[0]["result"], "over": "b"}}]) is None
 
 
 def test_a_table_may_stand_on_another_page(tmp_path: Path) -> None:
