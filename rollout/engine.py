@@ -83,7 +83,7 @@ class VllmEngine(ReceivingEngine):
         longest = longest_sequence(settings, Path(hf_dir))
         if settings.adapter is not None:
             check_adapter(settings.adapter, Path(hf_dir))
-        os.environ.update(internals.environment(threads=settings.compute_threads))
+        os.environ.update(settings.process_environment())
         # vLLM's CPU worker forbids it afterwards.
         torch.set_num_threads(settings.compute_threads)
         from vllm import LLM

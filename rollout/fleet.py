@@ -27,7 +27,6 @@ from data.catalogue import Catalogue
 from data.errors import RequestError, RunError
 from data.prompt_shard import PromptShard
 from data.records import DecodeSpec, FloatArray, Groups, IntArray, Prompt
-from rollout import vllm_internals as internals
 from rollout.dispatch import Call, Dispatch
 from rollout.engine import engine_class, longest_sequence
 from rollout.engine_calls import EngineFailure, engine_result
@@ -131,7 +130,7 @@ class RolloutFleet:
             "num_gpus": settings.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": internals.environment(threads=settings.compute_threads)},
+            "runtime_env": {"env_vars": settings.process_environment()},
             "scheduling_strategy": strategy(room, place.bundle_of(engine_id)),
         }
         self.health.launched(engine_id, time.monotonic())

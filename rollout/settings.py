@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.records import Decode
 from data.settings import Settings
@@ -85,6 +86,9 @@ class RolloutSettings(Settings):
     GPUs `gpus` has to be as many."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per engine: 0 on CPU; below 1 shares a GPU between engines."""
+    batch_invariant: bool = False
+    """On GPUs: vLLM's batch-invariant kernels, so that a prompt's completions are the same bits whichever engine they
+    come from; slower, and only on NVIDIA cards of compute capability 9.0 or more. On CPU they are so without it."""
     sleeps: bool = False
     """Engines give their memory back while the learners work, for those that share cards with them; a job sets it
     (cluster.colocated)."""
@@ -93,7 +97,19 @@ class RolloutSettings(Settings):
     deadline_s: float = Field(300.0, gt=0)
     """Seconds a shard may take before the engine counts as lost."""
 
+    @model_validator(mode="after")
+    def _invariant_where_it_exists(self) -> Self:
+        if self.batch_invariant and (self.gpus == 0 or self.engine is not EngineKind.VLLM):
+            raise ValueError("batch_invariant is true; legal: false without GPUs of vLLM's (engine vllm, gpus above 0)")
+        return self
+
     @property
     def compute_threads(self) -> int:
         """Threads of an engine, at least one."""
         return self.threads or max(1, len(os.sched_getaffinity(0)) // self.engines)
+
+    def process_environment(self) -> dict[str, str]:
+        """Environment of a process that holds an engine."""
+        from rollout.vllm_internals import environment
+
+        return environment(threads=self.compute_threads, batch_invariant=self.batch_invariant)

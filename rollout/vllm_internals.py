@@ -117,13 +117,14 @@ def _parts(found: Any) -> set[str]:
     return {name for base in found.__mro__ for name in (*vars(base), *inspect.get_annotations(base))}
 
 
-def environment(*, threads: int) -> dict[str, str]:
+def environment(*, threads: int, batch_invariant: bool = False) -> dict[str, str]:
     """Environment of a process that holds an engine; takes effect when set before torch and vllm are imported."""
     return {
         # The engine core in our process, beside the worker: up in seconds, and calls pass objects, not bytes.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # The second runner has other internals than those listed here.
         "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_BATCH_INVARIANT": str(int(batch_invariant)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

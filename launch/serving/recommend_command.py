@@ -23,7 +23,6 @@ from launch.cluster import cluster
 from launch.serving.exposure import ExposureSettings, Serving, has_legal_item, propensity_kind, show
 from launch.serving.served import ItemIndex, prompt_of, serving_engines
 from launch.simulate_command import policy_version
-from rollout import vllm_internals as internals
 from rollout.engine import build_engine
 from rollout.settings import RolloutSettings
 from trainer.checkpoints import open_model
@@ -130,7 +129,7 @@ def write(arguments: RecommendCommand, engines: RolloutSettings, hf_dir: Path, v
     # A wrong context is wrong every time.
     context.max_errored_blocks = 0
     exposure = ExposureSettings(**arguments.model_dump(include=set(ExposureSettings.model_fields)))
-    variables = internals.environment(threads=engines.compute_threads)
+    variables = engines.process_environment()
     answers = ray.data.read_parquet(str(arguments.contexts.resolve())).map_batches(
         Recommender,
         fn_constructor_args=(engines, hf_dir, exposure, version, arguments.k, arguments.seed),

@@ -198,3 +198,12 @@ def test_heads_that_workers_cannot_share(hf_dir: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_batch_invariant_kernels_are_asked_for_where_they_exist() -> None:
+    on = RolloutSettings(gpus=1, batch_invariant=True)
+    assert on.process_environment()["VLLM_BATCH_INVARIANT"] == "1"
+    assert RolloutSettings().process_environment()["VLLM_BATCH_INVARIANT"] == "0"
+    for wrong in ({"gpus": 0}, {"gpus": 1, "engine": EngineKind.REFERENCE}):
+        with pytest.raises(ValueError, match="batch_invariant is true; legal: false"):
+            RolloutSettings(batch_invariant=True, **wrong)  # type: ignore[arg-type]
