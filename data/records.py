@@ -109,9 +109,11 @@ class Prompt:
 
 def excluded_pairs(prompts: Sequence[Prompt]) -> tuple[LongArray, IntArray]:
     """Every exclusion of the prompts: the row of its prompt, and the item."""
-    size_P = np.array([len(prompt.exclusions) for prompt in prompts], np.int64)
-    items = [np.zeros(0, np.int32), *(prompt.exclusions for prompt in prompts if len(prompt.exclusions))]
-    return np.repeat(np.arange(len(prompts)), size_P), np.concatenate(items)
+    exclusions = [prompt.exclusions for prompt in prompts]
+    size_P = np.fromiter(map(len, exclusions), np.int64, len(exclusions))
+    if not size_P.any():
+        return np.zeros(0, np.int64), np.zeros(0, np.int32)
+    return np.repeat(np.arange(len(prompts)), size_P), np.concatenate(exclusions)
 
 
 @dataclass(frozen=True, kw_only=True)
