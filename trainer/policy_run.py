@@ -160,7 +160,7 @@ def push_metrics(report: PushReport) -> Metrics:
         "push/probe_gap_max": max((gap.max for gap in report.gap.values()), default=0.0),
         "push/probe_limit_max": report.limit.max,
         "push/mib": report.nbytes / 2**20,
-        "push/replaced_engines": float(len(report.replaced)),
+        "system/engines_replaced": float(len(report.replaced)),
         "perf/push_gib_per_s": report.nbytes / 2**30 / max(report.seconds["transfer"], 1e-9),
         **{f"time/push/{phase}": seconds for phase, seconds in report.seconds.items() if phase != "total"},
     }

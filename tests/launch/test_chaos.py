@@ -2,8 +2,8 @@
 driver), the job goes on, no step is lost or taken twice, no group comes from stale weights, and the final weights and
 metrics equal those of the undisturbed run bit for bit.
 
-Synchronous rollouts on CPU. 100 seeded strikes and more run in `make test-long`, and a run of five in `make test` where
-the machine allows (WINDLASS_CHAOS tells how many). Not checked here: hosts that are cut off (test_network.py).
+Synchronous rollouts on CPU. A seeded sample of five strikes runs in `make test`, 100 in `make test-long`
+(WINDLASS_CHAOS tells how many). Not checked here: hosts that are cut off (test_network.py).
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def assert_undisturbed(folder: Path, chaos: Chaos, steps: int) -> None:
     assert [reproducible(line) for line in lines] == [reproducible(line) for line in read_steps(whole)]
 
 
-@pytest.mark.long
 def test_five_strikes(tmp_path: Path) -> None:
     steps = 16
     folder = world(tmp_path, steps)
