@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Collector:
-    """Collects the batches of one job, in the order of its steps."""
+    """Collects the batches of one job, in the order of its steps: rollouts first, then what needs no fleet."""
 
     job: RlJob
     feed: FeedAhead
@@ -76,28 +76,42 @@ class Collector:
     lists: ListScorer | None = None
     """Scores groups of lists; None for single items."""
 
-    def collect(self, step: int, timer: PhaseTimer) -> Batch:
-        """The batch of a step, with the weights that the fleet holds now."""
+    def roll(self, step: int, timer: PhaseTimer) -> Callable[[PhaseTimer], Batch]:
+        """Roll out a step with the weights that the fleet holds now; returns what makes the batch of it."""
         drawn = self.feed.next()
-        counts = Counter(drawn.counts)
-        first, metrics = self._rolled_out(drawn.prompts, step, timer)
-        batch, failure_N = first, first.scored.failure_P
+        counts, prompts = Counter(drawn.counts), float(len(drawn.prompts))
         if self.job.group.refill is Refill.OVERSAMPLE:
+            # Whether the fleet is asked again depends on the rewards.
+            first, metrics = self._rewarded(*self._rolled_out(drawn.prompts, step, timer), timer)
             batch, failure_N, told = refilled(
                 first, lambda seen: self._further(seen, counts, step, timer), self.job.group.extra_batches
             )
-            metrics |= told
-        epoch = self.feed.epochs
-        metrics |= {"epoch": epoch, "prompts": float(len(drawn.prompts))}
-        metrics |= {f"prompts/{why}": float(n) for why, n in counts.items()}
-        return Batch(batch.prompts, batch.scored, failure_N, metrics, epoch, batch.lists)
+            metrics |= told | self._drawn_metrics(prompts, counts)
+            whole = Batch(batch.prompts, batch.scored, failure_N, metrics, self.feed.epochs, batch.lists)
+            return lambda timer: whole
+        asked, groups = self._rolled_out(drawn.prompts, step, timer)
+        told, epoch = self._drawn_metrics(prompts, counts), self.feed.epochs
 
-    def _rolled_out(self, prompts: Sequence[Prompt], step: int, timer: PhaseTimer) -> tuple[Collected, Metrics]:
-        """Scored groups of the prompts, with their ground truths where the recipe wants them."""
+        def rest(timer: PhaseTimer) -> Batch:
+            found, metrics = self._rewarded(asked, groups, timer)
+            return Batch(found.prompts, found.scored, found.scored.failure_P, metrics | told, epoch, found.lists)
+
+        return rest
+
+    def _drawn_metrics(self, prompts: float, counts: Counter[str]) -> Metrics:
+        """What the feed gave for a step."""
+        told = {f"prompts/{why}": float(n) for why, n in counts.items()}
+        return {"epoch": self.feed.epochs, "prompts": prompts} | told
+
+    def _rolled_out(self, prompts: Sequence[Prompt], step: int, timer: PhaseTimer) -> tuple[Sequence[Prompt], Groups]:
+        """Groups of the prompts, which come back with what they ask for."""
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         prompts = asking_for(prompts, given_items(self.job.objective, prompts, feedback), self.catalogue)
         with timer.phase("rollout"):
-            groups = self.rollouts.generate(prompts, decode_spec(self.job, step))
+            return prompts, self.rollouts.generate(prompts, decode_spec(self.job, step))
+
+    def _rewarded(self, prompts: Sequence[Prompt], groups: Groups, timer: PhaseTimer) -> tuple[Collected, Metrics]:
+        """Scored groups of the prompts, with their ground truths where the recipe wants them."""
         with timer.phase("reward"):
             fault_point("reward")
             groups, told = with_ground_truth(prompts, groups, self.catalogue, self.job.group.ground_truth)
@@ -114,7 +128,7 @@ class Collector:
         fresh = [prompt for prompt in drawn.prompts if prompt.prompt_id not in seen]
         counts.update(drawn.counts)
         counts["repeated"] += len(drawn.prompts) - len(fresh)
-        return self._rolled_out(fresh, step, timer)[0] if fresh else None
+        return self._rewarded(*self._rolled_out(fresh, step, timer), timer)[0] if fresh else None
 
 
 def decode_spec(job: RlJob, step: int) -> DecodeSpec:

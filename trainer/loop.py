@@ -13,7 +13,7 @@ Who waits for whom:
 | score, colocated     | engines that give their memory back   | their answer, or an engine's deadline           |
 | update               | rewards, scores and the gap's verdict | the reward service's answer, or its deadline    |
 | push                 | rollouts that are under way (S ≥ 1)   | the last shard, or an engine's deadline         |
-| checkpoint           | the push and the evaluation           | the next step begins after it is on disk        |
+| checkpoint           | push, evaluation, rewards (S ≥ 1)     | the next step begins after it is on disk        |
 
 S is `max_staleness`. With 0 everything happens in turn; with S ≥ 1 the batches of the next S steps are collected while
 the learners work (`trainer.lookahead`), and those that wait lie in the checkpoint, so that a restart is exact as well.
@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ class RlLoop(TrainingLoop):
 
     def __post_init__(self) -> None:
         self._rewarding = threading.Lock()
-        self._waiting: dict[int, Batch] = {}
+        self._waiting: Mapping[int, Future[Batch]] = {}
         self._engines_busy = threading.Event()
 
     @cached_property
@@ -135,7 +136,7 @@ class RlLoop(TrainingLoop):
 
     @cached_property
     def _ahead(self) -> Lookahead[Batch]:
-        return Lookahead(self.collect, self.job.max_staleness, self.job.limits.max_steps)
+        return Lookahead(self.roll, self.job.max_staleness, self.job.limits.max_steps)
 
     def epochs(self) -> float:
         """Passes over the training rows so far."""
@@ -147,13 +148,13 @@ class RlLoop(TrainingLoop):
         Raises:
             RequestError: they are damaged, or belong to another catalogue.
         """
-        self._waiting = read_batches(checkpoint / WAITING, self.catalogue.digest)
-        self._ahead.restore(self._waiting)
+        self._ahead.restore(read_batches(checkpoint / WAITING, self.catalogue.digest))
+        self._waiting = self._ahead.begun()
 
     def keep(self, folder: Path) -> None:
         """See `TrainingLoop`: the batches that wait for their step."""
         for step, batch in self._waiting.items():
-            write_batch(folder / WAITING, step, batch)
+            write_batch(folder / WAITING, step, batch.result())
 
     def close(self) -> None:
         """See `TrainingLoop`."""
@@ -166,7 +167,7 @@ class RlLoop(TrainingLoop):
         with self._wait():
             self._engines_busy.clear()
             batch = self._ahead.take(step)
-            if self._ahead.collecting() and isinstance(self.rollouts, RolloutFleet):
+            if self._ahead.rolling() and isinstance(self.rollouts, RolloutFleet):
                 self._engines_busy.wait(ENGINES_FIRST_S)
         self._check_rewards(batch.failure_N)
         prompts, scored, metrics = batch.prompts, batch.scored, dict(batch.metrics)
@@ -197,7 +198,8 @@ class RlLoop(TrainingLoop):
         metrics |= objective_metrics | _score_metrics(scores, groups)
 
         with self._wait():
-            self._waiting = self._ahead.waiting()
+            self._ahead.settle()
+        self._waiting = self._ahead.begun()
         metrics["queue/batches_waiting"] = float(len(self._waiting))
         self.state = dataclasses.replace(
             self.state,
@@ -211,13 +213,23 @@ class RlLoop(TrainingLoop):
             metrics |= self.host.push(step)
         return metrics
 
-    def collect(self, step: int) -> Batch:
-        """The batch of a step; in a thread of its own where batches are collected ahead."""
+    def roll(self, step: int) -> Callable[[], Batch]:
+        """Roll out a step; returns what makes its batch. Each in a thread of its own where that happens ahead."""
         if not self.job.max_staleness:
-            return self._collector.collect(step, self.timer)
+            return partial(self._collector.roll(step, self.timer), self.timer)
         timer = PhaseTimer()
-        batch = self._collector.collect(step, timer)
-        times = {f"time/ahead/{name.removeprefix('time/')}": seconds for name, seconds in timer.take().items()}
+        rest = self._collector.roll(step, timer)
+        return partial(self._rest_ahead, rest, timer.take())
+
+    def _rest_ahead(self, rest: Callable[[PhaseTimer], Batch], rolling: dict[str, float]) -> Batch:
+        """The batch, with the seconds of both parts among its metrics."""
+        timer = PhaseTimer()
+        batch = rest(timer)
+        resting = timer.take()
+        times = {
+            f"time/ahead/{name.removeprefix('time/')}": rolling.get(name, 0.0) + resting.get(name, 0.0)
+            for name in rolling | resting
+        }
         return batch._replace(metrics=batch.metrics | times)
 
     def _wait(self) -> AbstractContextManager[None]:

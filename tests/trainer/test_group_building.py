@@ -141,7 +141,7 @@ def test_a_step_never_has_a_prompt_twice(world: World) -> None:
     # Two batches an epoch, and nobody to hit: all sixteen prompts come, and come again.
     few = dataclasses.replace(loop.feed.samples.take(np.arange(16)), target_N=np.full(16, NO_ITEM, np.int32))
     loop.feed = Feed(few, world.data.builder, 8, world.job.seed, fingerprint="few")
-    batch = loop.collect(1)
+    batch = loop.roll(1)()
     metrics = batch.metrics
     ids = [prompt.prompt_id for prompt in batch.prompts]
     assert len(set(ids)) == len(ids) == 8

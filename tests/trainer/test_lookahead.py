@@ -8,6 +8,7 @@ and kills and restarts the loop, in any order. Not checked here: the loop around
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from trainer.lookahead import Lookahead
+from trainer.lookahead import Batch, Lookahead
+
+
+def whole(collect: Callable[[int], Batch]) -> Callable[[int], Callable[[], Batch]]:
+    """Everything needs the fleet, nothing is left for the rest."""
+
+    def roll(step: int) -> Callable[[], Batch]:
+        batch = collect(step)
+        return lambda: batch
+
+    return roll
+
+
+def waiting(ahead: Lookahead[Batch]) -> dict[int, Batch]:
+    return {step: batch.result() for step, batch in ahead.begun().items()}
 
 
 @dataclass
@@ -49,17 +64,17 @@ def train(fleet: CountingFleet, ahead: Lookahead[tuple[int, int]], steps: range)
 def test_versions_follow_the_rule_with_a_restart_anywhere(staleness: int, steps: int, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, steps))
     fleet = CountingFleet()
-    first = Lookahead(fleet.collect, staleness, steps)
+    first = Lookahead(whole(fleet.collect), staleness, steps)
     taken = train(fleet, first, range(1, cut + 1))
-    waiting = first.waiting()
+    kept = waiting(first)
     first.close()
-    second = Lookahead(fleet.collect, staleness, steps)
-    second.restore(waiting)
+    second = Lookahead(whole(fleet.collect), staleness, steps)
+    second.restore(kept)
     taken += train(fleet, second, range(cut + 1, steps + 1))
     second.close()
     assert taken == [(step, max(step - 1 - staleness, 0)) for step in range(1, steps + 1)]
     assert fleet.collected == list(range(1, steps + 1))
-    assert not second.waiting()
+    assert not waiting(second)
 
 
 def test_the_fleet_works_while_the_learners_do() -> None:
@@ -71,11 +86,11 @@ def test_the_fleet_works_while_the_learners_do() -> None:
             assert go_on.wait(10)
         return step
 
-    ahead = Lookahead(collect, 1)
+    ahead = Lookahead(whole(collect), 1)
     assert ahead.take(1) == 1
     assert begun.wait(10), "step 2 is not collected while step 1 trains"
     go_on.set()
-    assert ahead.waiting() == {2: 2}
+    assert waiting(ahead) == {2: 2}
     ahead.close()
 
 
@@ -86,7 +101,7 @@ def test_an_error_reaches_the_loop(staleness: int) -> None:
             raise RuntimeError("engine died")
         return step
 
-    ahead = Lookahead(collect, staleness)
+    ahead = Lookahead(whole(collect), staleness)
     assert ahead.take(1) == 1
     with pytest.raises(RuntimeError, match="engine died"):
         ahead.take(2)
@@ -99,16 +114,56 @@ def test_an_error_ahead_stops_the_push() -> None:
             raise RuntimeError("engine died")
         return step
 
-    ahead = Lookahead(collect, 2)
+    ahead = Lookahead(whole(collect), 2)
     ahead.take(1)
     with pytest.raises(RuntimeError, match="engine died"):
         ahead.settle()
     ahead.close()
 
 
+def test_the_fleet_need_not_wait_for_the_rest() -> None:
+    rolled, go_on = threading.Event(), threading.Event()
+    rests: list[int] = []
+
+    def roll(step: int) -> Callable[[], int]:
+        if step == 3:
+            rolled.set()
+
+        def rest() -> int:
+            if step == 2:
+                assert go_on.wait(10)
+            rests.append(step)
+            return step
+
+        return rest
+
+    ahead = Lookahead(roll, 2)
+    assert ahead.take(1) == 1
+    assert rolled.wait(10), "step 3 is not rolled out while step 2 has no rewards yet"
+    ahead.settle()
+    assert not ahead.rolling()
+    assert not ahead.begun()[2].done()
+    go_on.set()
+    assert waiting(ahead) == {2: 2, 3: 3}
+    assert rests == [1, 2, 3]
+    ahead.close()
+
+
+def test_an_error_of_the_rest_comes_up_where_its_batch_is_taken() -> None:
+    def roll(step: int) -> Callable[[], int]:
+        return lambda: 1 // (step - 2)
+
+    ahead = Lookahead(roll, 1)
+    assert ahead.take(1) == -1
+    ahead.settle()
+    with pytest.raises(ZeroDivisionError):
+        ahead.take(2)
+    ahead.close()
+
+
 def test_negative_staleness() -> None:
     with pytest.raises(ValueError, match="legal"):
-        Lookahead(lambda step: step, -1)
+        Lookahead(whole(lambda step: step), -1)
 
 
 @dataclass
@@ -162,7 +217,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @initialize(staleness=st.integers(1, 3))
     def begin(self, staleness: int) -> None:
         self.staleness = staleness
-        self.ahead = Lookahead(self.fleet.collect, staleness, self.LAST)
+        self.ahead = Lookahead(whole(self.fleet.collect), staleness, self.LAST)
 
     @property
     def reach(self) -> int:
@@ -194,11 +249,11 @@ class ScheduleMachine(RuleBasedStateMachine):
             return
         taken = self.take_and_settle(now)
         assert taken == (now, max(now - 1 - self.staleness, 0))
-        assert sorted(self.ahead.waiting()) == list(range(now + 1, self.reach + 1))
+        assert sorted(waiting(self.ahead)) == list(range(now + 1, self.reach + 1))
         with self.fleet.changed:
             self.fleet.version = now
         self.step = now
-        self.saved = now, self.ahead.waiting()
+        self.saved = now, waiting(self.ahead)
 
     @precondition(lambda self: self.ahead is not None)
     @rule()
@@ -210,7 +265,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.ahead.close()
         step, waiting = self.saved
         self.fleet = GatedFleet(version=step, begun=sorted({*range(1, step + 1), *waiting}))
-        self.ahead = Lookahead(self.fleet.collect, self.staleness, self.LAST)
+        self.ahead = Lookahead(whole(self.fleet.collect), self.staleness, self.LAST)
         self.ahead.restore(waiting)
         self.step, self.broken = step, False
 
