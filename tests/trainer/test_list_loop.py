@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,17 +123,17 @@ def test_advantages_and_multipliers_reach_the_tokens_of_their_items(world: World
     loop = world.build("tokens", limits=limits)
     batches: list[Batch] = []
     inputs: list[UpdateInputs] = []
-    collect, update = loop.collect, loop.learners.update
+    roll, update = loop.roll, loop.learners.update
 
-    def recorded(step: int) -> Batch:
-        batches.append(collect(step))
-        return batches[-1]
+    def recorded(step: int) -> Callable[[], Batch]:
+        batches.append(roll(step)())
+        return lambda: batches[-1]
 
     def updated(completions: Any, given: UpdateInputs) -> dict[str, float]:
         inputs.append(given)
         return update(completions, given)
 
-    loop.collect = recorded  # type: ignore[method-assign]
+    loop.roll = recorded  # type: ignore[method-assign]
     loop.learners.update = updated  # type: ignore[method-assign]
     loop.run()
     batch, found = batches[0], inputs[0]

@@ -291,13 +291,13 @@ def test_a_dump_trains_the_step_it_was_made_for(world: World) -> None:
     limits = world.job.limits.model_copy(update={"max_steps": 1})
     direct = world.build("direct", limits=limits)
     collected: list[Batch] = []
-    collect = direct.collect
+    roll = direct.roll
 
-    def recorded(step: int) -> Batch:
-        collected.append(collect(step))
-        return collected[-1]
+    def recorded(step: int) -> Callable[[], Batch]:
+        collected.append(roll(step)())
+        return lambda: collected[-1]
 
-    direct.collect = recorded  # type: ignore[method-assign]
+    direct.roll = recorded  # type: ignore[method-assign]
     direct.run()
     expected = weights(direct, world.folder / "direct-hf")
     write_step(world.folder / "dump", 1, collected[0].prompts, collected[0].scored)
