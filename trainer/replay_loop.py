@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data.errors import RequestError
@@ -35,13 +37,13 @@ class ReplayLoop(RlLoop):
         """A dump is used once."""
         return super().finished() or ("dump_ended" if self.state.step >= len(self._steps) else None)
 
-    def collect(self, step: int) -> Batch:
+    def roll(self, step: int) -> Callable[[], Batch]:
         """The groups of the next dump."""
         number = self._steps[step - 1]
         prompts, scored = read_step(self.folder, number, self.catalogue_digest)
         self._check_fits(step_path(self.folder, number), scored.groups)
         metrics = reward_metrics(scored) | {"epoch": self.epochs(), "prompts": float(len(prompts))}
-        return Batch(prompts, scored, scored.failure_P[:0], metrics, self.epochs())
+        return partial(Batch, prompts, scored, scored.failure_P[:0], metrics, self.epochs())
 
     def _check_fits(self, path: Path, groups: Groups) -> None:
         """Refuse groups that the job's settings would train as something else than they are.
