@@ -88,6 +88,7 @@ class TrainingLoop(abc.ABC):
             if self._saved != self.state.step:
                 self._save()
         finally:
+            gc.unfreeze()
             self.close()
         return self.finished() or "interrupted"
 
