@@ -210,9 +210,11 @@ def test_an_engine_that_cannot_wake_lets_nobody_wait(
         one.channel.push(1)
     blames = caught.value.blames
     assert (blames["tired"].reason, blames["tired"].text) == (PushFailure.ERROR, "MemoryError: no room on the card")
-    for name in ("learner", "other"):
-        assert blames[name].reason is PushFailure.HALF_WAY
-        assert "no room on the card" in blames[name].text, "told by the engine, not found out at the deadline"
+    told = {name: blames[name].text for name in ("learner", "other")}
+    assert {blames[name].reason for name in told} == {PushFailure.HALF_WAY}
+    assert "no room on the card" in told["learner"], "told by the engine, not found out at the deadline"
+    # Whichever it hears first: the engine, or the sender, which heard it and closed.
+    assert "no room on the card" in told["other"] or told["other"] == "PeerError: the sender closed the connection"
     assert tired.weight_version == IN_TRANSIT
 
 
