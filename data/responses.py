@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from data import ragged
 from data.errors import RequestError
 from data.parquet import read_table, wrong_columns
 from data.records import BoolArray
@@ -185,7 +186,7 @@ class Responses:
         row_A = np.repeat(among_B, count_B)
         if not len(row_A):
             return table
-        place_A = np.repeat(first_B - (np.cumsum(count_B) - count_B), count_B) + np.arange(len(row_A))
+        place_A = ragged.positions(first_B, count_B)
         new_A = ~self._found_R[place_A]
         self._found_R[place_A] = True
         word_A = np.array(word_R[place_A])
