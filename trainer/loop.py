@@ -39,7 +39,7 @@ from data.errors import RunError
 from data.feed import Feed
 from data.feed_ahead import FeedAhead
 from data.feedback import Anchors
-from data.records import BoolArray, FloatArray, Groups, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
+from data.records import BoolArray, FloatArray, IntArray, Kind, Prompt, RewardFailure, ScoredGroups
 from reward.failures import FailureTracker
 from reward.names import StepMetric, count_by_reason
 from reward.scoring import ITEM_MATCH, RewardScorer
@@ -60,6 +60,7 @@ from trainer.data_checks import completion_tokens
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
 from trainer.given_scores import compared_tokens, given_items
+from trainer.group_metrics import score_metrics, token_metrics
 from trainer.jobs import RlJob
 from trainer.learner_group import LearnerGroup
 from trainer.list_scoring import ListScorer
@@ -157,9 +158,11 @@ class RlLoop(TrainingLoop):
             write_batch(folder / WAITING, step, batch.result())
 
     def close(self) -> None:
-        """See `TrainingLoop`."""
+        """See `TrainingLoop`; who asks the fleet after that has no batch to draw."""
         self._ahead.close()
         self._drawn.close()
+        if isinstance(self.rollouts, RolloutFleet):
+            self.rollouts.meanwhile = None
 
     def step(self) -> Metrics:
         """Take a batch, score, update, push."""
@@ -173,7 +176,7 @@ class RlLoop(TrainingLoop):
         prompts, scored, metrics = batch.prompts, batch.scored, dict(batch.metrics)
         groups = scored.groups
         scored, told = self._within_bound(step, scored)
-        metrics |= told | _token_metrics(prompts, groups)
+        metrics |= told | token_metrics(prompts, groups)
         feedback = None if self.feedback is None else FeedbackRows.of(prompts, self.feedback)
         with self.timer.phase("reward"):
             scored, ranker, told = self._gate_scores(prompts, scored)
@@ -195,7 +198,7 @@ class RlLoop(TrainingLoop):
             )
         with self.timer.phase("update"):
             metrics |= self._update(whole.completions, inputs)
-        metrics |= objective_metrics | _score_metrics(scores, groups)
+        metrics |= objective_metrics | score_metrics(scores, groups)
 
         with self._wait():
             self._ahead.settle()
@@ -223,13 +226,11 @@ class RlLoop(TrainingLoop):
 
     def _rest_ahead(self, rest: Callable[[PhaseTimer], Batch], rolling: dict[str, float]) -> Batch:
         """The batch, with the seconds of both parts among its metrics."""
-        timer = PhaseTimer()
+        timer, both = PhaseTimer(), dict(rolling)
         batch = rest(timer)
-        resting = timer.take()
-        times = {
-            f"time/ahead/{name.removeprefix('time/')}": rolling.get(name, 0.0) + resting.get(name, 0.0)
-            for name in rolling | resting
-        }
+        for name, seconds in timer.take().items():
+            both[name] = both.get(name, 0.0) + seconds
+        times = {f"time/ahead/{name.removeprefix('time/')}": seconds for name, seconds in both.items()}
         return batch._replace(metrics=batch.metrics | times)
 
     def _wait(self) -> AbstractContextManager[None]:
@@ -397,25 +398,3 @@ class RlLoop(TrainingLoop):
     def _minibatches(self, prompts: int) -> Iterator[np.ndarray]:
         for _ in range(self.job.objective.updates):
             yield from np.split(np.arange(prompts), self.job.objective.minibatches)
-
-
-def _token_metrics(prompts: Sequence[Prompt], groups: Groups) -> Metrics:
-    """Tokens of the step: prompts once, and all completions."""
-    return {
-        "tokens/prompt": float(sum(len(prompt.token_ids) for prompt in prompts)),
-        "tokens/completion": float(groups.token_mask_PGT.sum()),
-    }
-
-
-def _score_metrics(scores: ScoreOutputs, groups: Groups) -> Metrics:
-    """Means over the completion tokens, and where the groups come from."""
-    _, members, tokens = groups.shape
-    # A slot that gave way to an anchor was not scored.
-    mask = groups.token_mask_PGT & groups.generated_PG[..., None] & (scores.choices_PGT[:, :members, :tokens] > 0)
-    return {
-        "legal_mass": float(scores.legal_mass_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
-        "entropy": float(scores.entropy_PGT[:, :members, :tokens][mask].mean(dtype=np.float64)),
-        "weight_version": float(groups.weight_version_P.max()),
-        "weight_version/oldest": float(groups.weight_version_P.min()),
-        "completion/absent_share": float(1 - groups.valid_PG[:, : groups.spec.width].mean(dtype=np.float64)),
-    }

@@ -23,8 +23,11 @@ from reward.failures import FailureTracker
 from reward.scoring import RewardScorer
 from rollout.channel import WeightChannel
 from rollout.engine import Engine, build_engine
+from rollout.fleet import RolloutFleet
 from rollout.peers import LocalPeer
+from rollout.placement import Placement
 from rollout.probe import GapAlarm, item_probe
+from rollout.violations import ViolationCounter
 from tests.requirements import require
 from tests.reward.rankers import local_swaps
 from tests.small_world import recipe, write_dataset
@@ -397,3 +400,12 @@ def test_every_prompt_of_a_request_is_keyed_by_its_step(world: World) -> None:
     training = [spec for spec in specs if spec.step]
     assert [spec.step for spec in training] == [1, 2, 3]
     assert {spec.seed for spec in training} == {world.job.seed}
+
+
+def test_a_fleet_that_is_asked_after_the_loop_draws_nothing(world: World) -> None:
+    loop = world.build("asked-after")
+    fleet = RolloutFleet(world.job.rollout, world.folder, {}, ViolationCounter(world.data.catalogue), Placement())
+    loop.rollouts = fleet
+    # A finished job that is started again takes no step, and its evaluation asks the fleet.
+    loop.close()
+    assert fleet.meanwhile is None
