@@ -314,6 +314,10 @@ class WeightChannel:
         calls[self.source.name] = self.source.submit("answer_probe", self.probe)
         scores = gather(version, calls, deadline)
         answer: ProbeAnswer = scores.pop(self.source.name)
+        if answer.noise is None and not all(
+            probe_gap(logp, answer.logp).within(gap_limit(self.dtype, None)) for logp in scores.values()
+        ):
+            answer = replace(answer, noise=self._ask_source(version, "probe_noise", self.probe, deadline=deadline))
         return *self._compare(version, scores, answer), answer
 
     def _ask_probe(self, peer: Peer) -> Future[Any]:

@@ -16,7 +16,7 @@ from data.records import FloatArray
 from rollout.buckets import TensorSpec, describe_module, pack
 from rollout.kept_push import KeptWriter
 from rollout.movers import ON_CARDS, BucketSender, Deadline, Endpoint, MoverRequest, open_sender
-from rollout.probe import Probe, ProbeAnswer, probe_gap
+from rollout.probe import Gap, Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 
 
@@ -117,11 +117,16 @@ class ModuleSource:
 
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """Log-probabilities of the probe, and their noise when the model is not float32."""
-        logp = score_module(self.model, probe)
-        noise = None
-        if next(self.model.parameters()).dtype != torch.float32:
-            noise = probe_gap(logp, score_module(copy.deepcopy(self.model).float(), probe))
-        return ProbeAnswer(logp=tuple(logp), noise=noise)
+        short = next(self.model.parameters()).dtype != torch.float32
+        return ProbeAnswer(
+            logp=tuple(score_module(self.model, probe)), noise=self.probe_noise(probe) if short else None
+        )
+
+    def probe_noise(self, probe: Probe) -> Gap:
+        """The model's own gap to a wider type on the probe."""
+        single = next(self.model.parameters()).dtype == torch.float32
+        wider = copy.deepcopy(self.model).to(torch.float64 if single else torch.float32)
+        return probe_gap(score_module(self.model, probe), score_module(wider, probe))
 
     def close(self) -> None:
         """Free the mover."""

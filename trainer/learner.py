@@ -23,7 +23,7 @@ from data.faults import fault_point
 from data.records import BoolArray, FloatArray, IntArray
 from rollout.buckets import TensorSpec, describe_module
 from rollout.movers import Endpoint, MoverRequest
-from rollout.probe import Probe, ProbeAnswer, probe_gap
+from rollout.probe import Gap, Probe, ProbeAnswer, probe_gap
 from rollout.receiving import PushMessage, Receipt
 from rollout.sending import Outbox
 from trainer.completion_scores import ScoreOutputs, score_batches, score_probe
@@ -36,9 +36,9 @@ from trainer.losses import UpdateInputs, join_statistics, token_inputs, token_lo
 from trainer.micro_batches import micro_batches
 from trainer.optimisation import adamw, clips_itself, learning_rate
 from trainer.policy import (
-    Float32Twin,
     Policy,
     TokenScores,
+    WiderTwin,
     full_log_probabilities,
     load_language_model,
     log_probabilities_in_stretches,
@@ -82,7 +82,7 @@ class Learner:
         # Frozen weights need no float32 masters.
         lm = load_language_model(self.hf_dir, self._dtype if settings.lora.on else torch.float32)
         self._lm = lm
-        self._twin = Float32Twin(lm)
+        self._twin = WiderTwin(lm)
         self._describe = describe_module(lm, str(self._dtype).removeprefix("torch."))
         self._weight_names = [name for name, _ in lm.named_parameters()]
         self._adapter = Adapter(lm, settings.lora, code_rows(self.hf_dir)) if settings.lora.on else None
@@ -159,7 +159,7 @@ class Learner:
         return ScoreOutputs(**outputs)
 
     def noise(self, completions: Completions, temperature: float, logp_PGT: FloatArray) -> dict[str, float]:
-        """The learner's own gap to float32 on its share: sum, max and count of |difference| of `logp` per token.
+        """The learner's own gap to a wider type on its share: sum, max and count of |difference| of `logp` per token.
 
         Args:
             completions: what was scored.
@@ -173,7 +173,7 @@ class Learner:
         return {"sum": float(gap_X.sum()), "max": float(gap_X.max(initial=0)), "count": float(gap_X.size)}
 
     def _exact(self) -> Callable[[TreeBatch], Tensor]:
-        """The policy in float32, with a copy of the weights as the forward pass sees them. A collective."""
+        """The policy in a wider type, with a copy of the weights as the forward pass sees them. A collective."""
         return self._twin.holding(self.whole_parameters(), self._device)
 
     def _share(self, completions: Completions) -> tuple[list[TreeBatch], LegalTable]:
@@ -347,10 +347,15 @@ class Learner:
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """For the weight channel: every rank scores the whole probe, because a forward pass is a collective."""
         logp = score_probe(self._engine, probe, self._device)
-        noise = None
-        if self.settings.dtype is not Precision.FLOAT32:
-            noise = probe_gap(logp, score_probe(self._exact(), probe, self._device))
-        return ProbeAnswer(logp=tuple(logp), noise=noise)
+        short = self.settings.dtype is not Precision.FLOAT32
+        return ProbeAnswer(logp=tuple(logp), noise=self._noise(logp, probe) if short else None)
+
+    def probe_noise(self, probe: Probe) -> Gap:
+        """For the weight channel: the learner's own gap to a wider type on the probe. A collective."""
+        return self._noise(score_probe(self._engine, probe, self._device), probe)
+
+    def _noise(self, logp: Sequence[FloatArray], probe: Probe) -> Gap:
+        return probe_gap(logp, score_probe(self._exact(), probe, self._device))
 
     # -- disk
 

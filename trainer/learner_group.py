@@ -18,7 +18,7 @@ from data.trie_constraint import TrieConstraint
 from rollout.movers import Endpoint, MoverRequest
 from rollout.peers import LocalPeer, Peer, RayPeer
 from rollout.placement import Placement
-from rollout.probe import Probe, ProbeAnswer
+from rollout.probe import Gap, Probe, ProbeAnswer
 from rollout.receiving import PushMessage, Receipt
 from trainer.completion_scores import ScoreOutputs
 from trainer.learner import Learner, SequenceRows
@@ -61,6 +61,10 @@ class LearnerActor(RankActor):
     def answer_probe(self, probe: Probe) -> ProbeAnswer:
         """See `Learner`."""
         return self.call("answer_probe", probe)  # type: ignore[no-any-return]
+
+    def probe_noise(self, probe: Probe) -> Gap:
+        """See `Learner`."""
+        return self.call("probe_noise", probe)  # type: ignore[no-any-return]
 
 
 class LearnerGroup(RankGroup):
@@ -136,7 +140,7 @@ class LearnerGroup(RankGroup):
         return _joined_scores(parts)
 
     def noise(self, completions: Completions, temperature: float, logp_PGT: FloatArray) -> dict[str, float]:
-        """The learner's own gap to float32 per completion token: {mean, max}; 0 for a float32 learner.
+        """The learner's own gap to a wider type per completion token: {mean, max}.
 
         Args:
             completions: what was scored.

@@ -262,10 +262,12 @@ class RlLoop(TrainingLoop):
         shorter = self.job.learner.dtype is not Precision.FLOAT32
         due = self.state.noise is None or (step - 1) % settings.noise_every == 0
         # A batch may be noisier than the one that was measured last: only its own noise sounds the alarm.
-        if shorter and (due or not gap.within(self._gap_limit())):
+        noise = self.state.noise
+        if (shorter and due) or not gap.within(self._gap_limit(noise)):
             noise = self.learners.noise(completions, self.job.rollout.temperature, scores.logp_PGT)
-            self.state = dataclasses.replace(self.state, noise=noise)
-        limit = self._gap_limit()
+            if shorter:
+                self.state = dataclasses.replace(self.state, noise=noise)
+        limit = self._gap_limit(noise)
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
@@ -276,13 +278,13 @@ class RlLoop(TrainingLoop):
                 raise
         metrics = {"policy_gap/mean": gap.mean, "policy_gap/max": gap.max, "policy_gap/limit_mean": limit.mean}
         metrics["policy_gap/given_share"] = given / max(gap.tokens, 1)
-        if self.state.noise is not None:
-            metrics |= {f"policy_gap/noise_{kind}": value for kind, value in self.state.noise.items()}
+        if noise is not None:
+            metrics |= {f"policy_gap/noise_{kind}": value for kind, value in noise.items()}
         return metrics
 
-    def _gap_limit(self) -> Gap:
+    def _gap_limit(self, noise: Mapping[str, float] | None) -> Gap:
         """The limit by the noise that was measured last, or the one that was set."""
-        settings, noise = self.job.policy_gap, self.state.noise
+        settings = self.job.policy_gap
         if settings.limit is not None:
             return Gap(mean=settings.limit, max=torch.inf)
         measured = None if noise is None else Gap(mean=noise["mean"], max=noise["max"])

@@ -114,10 +114,14 @@ class Stretch:
         return Stretch(slice(start, stop), inside_K.nonzero()[:, 0])
 
 
-class Float32Twin:
-    """A policy of the same shape that computes in float32 with weights it is given, and holds none itself."""
+class WiderTwin:
+    """A policy of the same shape that computes in a wider type with weights it is given, and holds none itself.
+
+    The type is float32 for a policy in a shorter one, and float64 for one in float32.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
+        self._dtype = torch.float64 if lm.dtype == torch.float32 else torch.float32
         weightless: dict[int, Any] = {
             id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             for parameter in lm.parameters()
@@ -125,8 +129,8 @@ class Float32Twin:
         self._policy = Policy(copy.deepcopy(lm, weightless)).eval()
 
     def holding(self, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> Callable[[TreeBatch], Tensor]:
-        """The policy with copies of the named weights of `lm`, tied ones once; shares what is float32 already."""
-        tensors = {f"lm.{name}": value.float() for name, value in weights}
+        """The policy with copies of the named weights of `lm`, tied ones once."""
+        tensors = {f"lm.{name}": value.to(self._dtype) for name, value in weights}
         tensors |= {name: buffer.to(device) for name, buffer in self._policy.named_buffers()}
 
         def forward(batch: TreeBatch) -> Tensor:

@@ -285,7 +285,7 @@ def summary(run: PolicyRun, loop: RlLoop | SftLoop, reason: str, seconds: float)
         result["policy_gap"] = {
             "mean": float(np.mean([mean for mean, _ in gaps])),
             "max": float(np.max([most for _, most in gaps])),
-            # A float32 learner is its own float32 twin: no noise was measured because there is none.
+            # A learner in float32 measures only what no rounding seemed to explain.
             "noise": float(np.mean(noise)) if noise else 0.0,
         }
     return result

@@ -187,9 +187,11 @@ class PolicyGapSettings(Settings):
     action: GapAction = GapAction.STOP
     """What happens when the gap is above the limit: stop or warn."""
     limit: float | None = Field(None, gt=0)
-    """Largest mean absolute gap per completion token; none means 1e-4 in float32 and noise_factor x noise in bf16."""
+    """Largest mean absolute gap per completion token; none means noise_factor x noise, and no less
+    than 1e-4 in float32."""
     noise_factor: float = Field(2.0, ge=1.0)
-    """In bf16: multiple of the learner's own bf16-to-float32 gap."""
+    """Multiple of the learner's own gap to float32, or to float64 for a learner in float32, which measures it only on a
+    batch above 1e-4."""
     noise_every: int = Field(10, ge=1)
     """In bf16: steps between two measurements of the learner's own gap, which costs a forward pass in float32. A batch
     above the limit is measured itself before the alarm sounds."""

@@ -132,6 +132,8 @@ class Chaos:
             self.log.append(f"{kind.value} {process.pid} was gone")
         if kind is Victim.DRIVER and not stop:
             self._job.wait(timeout=30)
+            # What it wrote between the last look and the strike is no step taken after it.
+            self._furthest = self._steps()
 
     def _processes(self) -> dict[Victim, list[psutil.Process]]:
         assert self._job is not None

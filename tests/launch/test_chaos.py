@@ -19,6 +19,16 @@ from tests.requirements import require
 from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
 from trainer.run_log import reproducible
 
+RANKER = """import numpy as np
+
+
+class PlainRanker:
+    def score(self, histories, candidates):
+        last = [int(history[-1]) if len(history) else -1 for history in histories]
+        return [(1000 * base + wanted).astype(np.float32) for base, wanted in zip(last, candidates, strict=True)]
+"""
+"""A ranker as a user brings it: a module in the folder of the job."""
+
 
 def world(folder: Path, steps: int, **sections: object) -> Path:
     """A folder with a recipe and the undisturbed run `runs/whole`."""
@@ -33,7 +43,8 @@ def world(folder: Path, steps: int, **sections: object) -> Path:
         cluster=patient,
         # Who is stopped for good is noticed soon.
         rollout={"deadline_s": 8.0, "start_deadline_s": 120.0},
-        learner={"timeout_s": 60.0},
+        # The small rate keeps the policy from collapsing on the ranker's favourites in hundreds of steps.
+        learner={"timeout_s": 60.0, "lr": 1e-4},
         weights={"deadline_s": 15.0, "probe_deadline_s": 15.0},
         checkpoints={"interval": 1, "last": 2},
         evaluation={"rows": 4},
@@ -75,7 +86,8 @@ def test_a_hundred_strikes(tmp_path: Path) -> None:
     count = int(os.environ.get("WINDLASS_CHAOS", "100"))
     steps = 6 * count
     # A replica that is gone is asked again until Serve has another one: a failed reward would be another run.
-    ranker = {"ranker": "tests.reward.rankers:PlainRanker", "ranker_score": 0.001, "replicas": 2}
+    (tmp_path / "plain_ranker.py").write_text(RANKER)
+    ranker = {"ranker": "plain_ranker:PlainRanker", "ranker_score": 0.001, "replicas": 2}
     ranker |= {"retries": 10, "deadline_s": 10.0, "max_failed_share": 0.0}
     folder = world(tmp_path, steps, reward=ranker)
     chaos = Chaos(folder, folder / "runs" / "struck", 11, tuple(Victim))

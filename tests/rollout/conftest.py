@@ -13,6 +13,8 @@ from data.catalogue import Catalogue
 from rollout.engine import Engine, build_engine
 from rollout.settings import EngineKind, RolloutSettings
 from tests.requirements import require
+from tests.rollout.push_rig import restored as restored
+from tests.rollout.push_rig import rig as rig
 from tests.tiny_model import tiny_catalogue, write_tiny_model
 
 

@@ -58,6 +58,14 @@ def test_short_types_are_measured_against_the_learners_noise() -> None:
         gap_limit("bfloat16", None)
 
 
+def test_noise_in_float32_only_widens_the_limit() -> None:
+    sharp = gap_limit("float32", Gap(mean=1e-5, max=2e-4, tokens=10))
+    assert (sharp.mean, sharp.max) == (1e-4, 4e-4)
+    check_gap(Gap(mean=1e-4, max=4e-4, tokens=10), sharp, "probe")
+    with pytest.raises(GapAlarm):
+        check_gap(Gap(mean=1e-5, max=4.1e-4, tokens=10), sharp, "probe")
+
+
 def test_nothing_compared_is_an_alarm() -> None:
     none = np.zeros((1, 1, 1), np.float32)
     with pytest.raises(GapAlarm, match="over 0 tokens"):

@@ -215,7 +215,7 @@ def test_scores_of_a_rank_and_noise(model: Path) -> None:
         noise = group.noise(completions, 0.7, group.score(completions, 0.7).logp_PGT)
         gap = np.abs(outputs[dtype].logp_PGT - outputs["float32"].logp_PGT)[completions.token_mask_PGT]
         if dtype == "float32":
-            assert noise == {"mean": 0.0, "max": 0.0}
+            assert 0 < noise["mean"] < noise["max"] < 2e-5
         else:  # the twin holds the rounded weights, so its gap is not exactly the one to the unrounded model
             assert 0.2 * gap.mean() < noise["mean"] < 5 * gap.mean()
         assert outputs[dtype].ref_logp_PGT == pytest.approx(outputs[dtype].logp_PGT, abs=1e-6)
