@@ -42,6 +42,10 @@ TOOK_TOO_LONG = "timed out during startup"
 """Ray's words for processes of its own that were not up in time."""
 FEWEST_LOGICAL_CPUS = 8
 """Logical CPUs are a count of actors that may live at once, not of cores; ours fit into 8."""
+TOKEN_WANTED = (
+    "a cluster started with RAY_AUTH_MODE=token, or cluster.unauthenticated true where something else keeps strangers "
+    "from its ports"
+)
 _HELD: list[bool] = []
 """Not empty while `cluster` holds a cluster in this process."""
 PASSED_ON = (FAULT_VARIABLE, "WINDLASS_REWARD_TOKEN", "DS_ACCELERATOR", "HF_HUB_OFFLINE")
@@ -111,7 +115,8 @@ def cluster(
         folders: folders that every node must share with this one.
 
     Raises:
-        RequestError: there is no cluster at `cluster.address`, or a node does not see a folder.
+        RequestError: there is no cluster at `cluster.address`, it takes calls without a token, or a node does not see
+            a folder.
         RunError: a worker's packages, or a node's libraries, are not the driver's.
     """
     import logging
@@ -154,8 +159,10 @@ def cluster(
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     try:
-        _try_a_worker()
+        token = _try_a_worker()
         if address != LOCAL:
+            if not token and not settings.unauthenticated:
+                raise RequestError("cluster.address", f"{address}, which takes calls without a token", TOKEN_WANTED)
             check_nodes(folders)
         _HELD.append(True)
         with full_store_named(settings):
@@ -235,13 +242,24 @@ def check_address(address: str) -> None:
         raise RequestError("cluster.address", f"{address} ({error})", legal) from error
 
 
-def _try_a_worker() -> None:
-    """Let one worker run the hook, so that wrong packages are one clear line before any actor is started."""
+def asks_for_tokens() -> bool:
+    """Runs in a worker: whether the cluster that it belongs to takes calls with a token alone."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def _try_a_worker() -> bool:
+    """Let one worker run the hook, so that wrong packages are one clear line before any actor is started.
+
+    Returns:
+        Whether the cluster asks for tokens.
+    """
     import ray
 
-    probe = ray.remote(num_cpus=0, max_retries=0)(check_packages)
+    probe = ray.remote(num_cpus=0, max_retries=0)(asks_for_tokens)
     try:
-        ray.get(probe.remote())
+        return bool(ray.get(probe.remote()))
     except ray.exceptions.WorkerCrashedError as error:
         raise RunError(
             f"a Ray worker refused to start: its windlass packages have not the driver's digest "

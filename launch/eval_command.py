@@ -60,6 +60,8 @@ class EvalCommand(Settings):
     lists: bool = False
     """Evaluate a model of ranked lists, for each need; of the other arguments `scores`, `feedback`, `published`,
     `unconstrained-rows`, `history` and `exclude-seen` mean nothing then."""
+    trust_code: bool = False
+    """With `--lists`: import the gains (`package.module:function`) that the model's `prompt.json` names."""
     ranking: RankingSettings = RankingSettings()
     """How lists are answered, and what is held beside them."""
     base: str | None = None
@@ -174,6 +176,7 @@ def evaluate_lists_command(arguments: EvalCommand, dataset: Dataset) -> dict[str
         batch=arguments.batch,
         decode=arguments.ranking.decode,
         width=arguments.ranking.width,
+        trust_code=arguments.trust_code,
     )
     model = open_list_model(arguments.checkpoint, dataset, which)
     base = None if arguments.base is None else read_base(arguments.base, model, which, dataset)

@@ -80,7 +80,7 @@ class RolloutFleet:
 
     def __post_init__(self) -> None:
         """Nobody is known yet."""
-        self.health = FleetHealth(start_deadline_s=self.settings.start_deadline_s, suspect_s=PING_S)
+        self.health = FleetHealth(start_deadline_s=self.settings.start_deadline_s)
 
     @staticmethod
     def start(
@@ -289,20 +289,20 @@ class RolloutFleet:
         import ray
 
         for engine_id, ready in list(self.joining.items()):
-            up = bool(ray.wait([ready], timeout=0)[0])
-            engine, now = self.health.engines[engine_id], time.monotonic()
-            if not up and now - engine.since < self.settings.start_deadline_s:
+            if not ray.wait([ready], timeout=0)[0]:
                 continue
             del self.joining[engine_id]
+            engine, now = self.health.engines[engine_id], time.monotonic()
             try:
-                if not up:
-                    raise EngineFailure(engine_id, "did not come up in time", LossReason.NOT_UP)
                 engine_result(engine_id, ready, 0.0, "joining")
             except EngineFailure as failure:
                 self.health.died(engine_id, engine.incarnation, failure.reason, now)
                 self.losses[failure.reason] += 1
             else:
                 self.health.answered(engine_id, engine.incarnation, now)
+        for engine_id in self.health.tick(time.monotonic()):
+            self.joining.pop(engine_id, None)
+            self.losses[LossReason.NOT_UP] += 1
 
     def recover(self) -> list[str]:
         """Before a push: ask who is under suspicion, take in who is up; returns who is dead for good.

@@ -3,7 +3,7 @@
     STARTING  launched, has not answered yet            → STALE when it is up; DEAD at the start deadline
     STALE     is up, but its weights are not verified   → HEALTHY by a verified push, or by what the last one left
     HEALTHY   holds the fleet's version, verified       → STALE when a push passes it by or it sleeps; SUSPECT; DEAD
-    SUSPECT   fell silent, or raised an error           → STALE when it answers; DEAD when it stays silent
+    SUSPECT   fell silent, or raised an error           → STALE when it answers; DEAD when it does not
     DEAD      its process is gone, or counts as gone    → STARTING by a launch, as another incarnation
 
 Only HEALTHY engines are given work. An answer, or news, of an incarnation that was replaced changes nothing.
@@ -62,8 +62,6 @@ class FleetHealth:
 
     start_deadline_s: float
     """Seconds an engine may take from launch to its first answer."""
-    suspect_s: float
-    """Seconds a SUSPECT engine may stay silent."""
     engines: dict[str, EngineHealth] = field(default_factory=dict)
     version: int | None = None
     """The fleet's version: that of the last verified push."""
@@ -124,19 +122,17 @@ class FleetHealth:
             self.engines[name] = replace(self.engines[name], state=EngineState.STALE, since=now, version=None)
 
     def tick(self, now: float) -> list[str]:
-        """Give up who has been starting or silent for too long; returns their names."""
+        """Give up who has been starting for too long; returns their names."""
         late = []
-        for name, engine in self.engines.items():
-            limit = {EngineState.STARTING: self.start_deadline_s, EngineState.SUSPECT: self.suspect_s}.get(engine.state)
+        for name in self.named(EngineState.STARTING):
+            engine = self.engines[name]
             # A clock that jumps back must not keep an engine in suspense: the wait begins again.
-            if limit is not None and now < engine.since:
+            if now < engine.since:
                 self.engines[name] = replace(engine, since=now)
-            elif limit is not None and now - engine.since >= limit:
+            elif now - engine.since >= self.start_deadline_s:
                 late.append(name)
         for name in late:
-            engine = self.engines[name]
-            reason = LossReason.NOT_UP if engine.state is EngineState.STARTING else engine.reason
-            self.died(name, engine.incarnation, reason or LossReason.SILENT, now)
+            self.died(name, self.engines[name].incarnation, LossReason.NOT_UP, now)
         return late
 
     def removed(self, name: str) -> None:

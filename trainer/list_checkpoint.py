@@ -37,7 +37,7 @@ from trainer.initial_model import CATALOGUE, check_model
 from trainer.list_data import ListData
 from trainer.list_measures import measure_lists, order_metrics
 from trainer.list_settings import ListSettings
-from trainer.prompt_card import PromptCard
+from trainer.prompt_card import FILE, PromptCard
 
 
 class NeedRole(StrEnum):
@@ -64,6 +64,8 @@ class ListRows:
     decode: Decode = Decode.BEAM
     width: int = 1
     """Beams, or samples per prompt."""
+    trust_code: bool = False
+    """Import the gains that the model names."""
 
     def spec(self, lists: ListSettings) -> DecodeSpec:
         """What a model's engines are asked for."""
@@ -118,8 +120,8 @@ def open_list_model(path: Path, dataset: Dataset, which: ListRows) -> ListModel:
     """A run's, checkpoint's or hf folder's model of lists, and the prompts that it is asked.
 
     Raises:
-        RequestError: no model there, one of single items, one of other items, or a need that no prompt of the split
-            has a gain for.
+        RequestError: no model there, one of single items, one of other items, one that names code of its own and is not
+            trusted, or a need that no prompt of the split has a gain for.
     """
     hf_dir = open_model(path)
     catalogue = Catalogue.load(hf_dir / CATALOGUE)
@@ -128,6 +130,10 @@ def open_list_model(path: Path, dataset: Dataset, which: ListRows) -> ListModel:
     card = PromptCard.read(hf_dir)
     if not card.lists.on:
         raise RequestError("--lists", f"{hf_dir} recommends single items", "a model that was trained with lists.needs")
+    for need in card.lists.needs:
+        if need.gain and not which.trust_code:
+            found = f"need {need.name} names the code {need.gain} as its gain"
+            raise RequestError(str(hf_dir / FILE), found, "built-in gains, or --trust-code for code that you know")
     builder = card.builder(catalogue, hf_dir)
     text = builder if isinstance(builder, TextPromptBuilder) else None
     data = ListData.open(dataset, catalogue, card.lists, prompt_settings(card, dataset), text)

@@ -141,6 +141,9 @@ class ClusterSettings(Settings):
     address: str | None = None
     """Address of a running Ray cluster (`auto` finds it); none takes RAY_ADDRESS, which submitted jobs have, and else
     starts one on this machine."""
+    unauthenticated: bool = False
+    """Join a cluster that takes calls without a token (RAY_AUTH_MODE=disabled), where something else keeps strangers
+    from its ports."""
     num_cpus: int | None = Field(None, ge=1)
     """Logical CPUs of a cluster started here; none takes the larger of 8 and the cores, so that small actors fit."""
     object_store_mib: int = Field(512, ge=80)

@@ -18,6 +18,7 @@ from launch.cluster import (
     UNCHECKED,
     check_packages,
     check_shared_memory,
+    cluster,
     forget_serve,
     full_store_named,
     runtime_environment,
@@ -140,6 +141,26 @@ def test_ray_is_started_again_when_the_machine_was_too_busy(monkeypatch: pytest.
     with pytest.raises(Exception, match="timed out"):
         start_ray({})
     assert calls.count("init") == 6
+
+
+def test_a_cluster_that_takes_calls_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for Ray; with a real cluster: tests/launch/submission/test_ray_job.py."""
+    require("ray")
+    done: list[object] = []
+    monkeypatch.setattr("launch.cluster.check_address", done.append)
+    monkeypatch.setattr("launch.cluster.start_ray", done.append)
+    monkeypatch.setattr("launch.cluster.check_nodes", done.append)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("launch.cluster._try_a_worker", lambda: False)
+    told = r"cluster\.address: head:6379, which takes calls without a token; legal: .* or cluster\.unauthenticated true"
+    with pytest.raises(RequestError, match=told), cluster(ClusterSettings(address="head:6379")):
+        raise AssertionError("a run began there")
+    assert len(done) == 2, "no node was asked for anything"
+    with cluster(ClusterSettings(address="head:6379", unauthenticated=True)):
+        assert len(done) == 5
+    monkeypatch.setattr("launch.cluster._try_a_worker", lambda: True)
+    with cluster(ClusterSettings(address="head:6379")):
+        assert len(done) == 8
 
 
 def test_the_next_cluster_of_this_process_looks_for_serve_anew(monkeypatch: pytest.MonkeyPatch) -> None:

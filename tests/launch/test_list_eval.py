@@ -8,6 +8,7 @@ A tiny random model. Not checked: that lists are right (tests/rollout/test_list_
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,24 @@ def test_what_cannot_be_measured_is_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("windlass: ")
     assert words in said
+
+
+def test_code_that_a_model_names_is_not_imported(
+    world: tuple[Dataset, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, model = world
+    foreign = shutil.copytree(model, tmp_path / "foreign")
+    card = json.loads((foreign / "prompt.json").read_text())
+    card["lists"]["needs"][0] |= {"gain": "planted:gain"}
+    (foreign / "prompt.json").write_text(json.dumps(card))
+    (tmp_path / "planted.py").write_text("raise SystemError('it was imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["eval", str(foreign), "--data", str(dataset.path), "--lists", "--rows", "4"]
+    assert run(command) == 2
+    said = capsys.readouterr().err
+    assert "names the code planted:gain as its gain; legal: built-in gains, or --trust-code" in said
+    assert run([*command, "--trust-code"]) == 2
+    assert "it was imported" in capsys.readouterr().err
 
 
 def test_a_model_of_single_items_has_no_lists(

@@ -228,7 +228,7 @@ def test_engines_are_brought_back_within_a_request(
 
 def test_nobody_is_accused_of_what_the_process_before_it_raised() -> None:
     """Engine a raised, b died; a is launched again, or leaves, while both are brought back."""
-    health = FleetHealth(start_deadline_s=1.0, suspect_s=1.0)
+    health = FleetHealth(start_deadline_s=1.0)
     failures = {name: EngineFailure(name, "raised", LossReason.RAISED) for name in ("a", "b")}
 
     def bring_back(_: EngineFailure) -> None:

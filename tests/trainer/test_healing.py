@@ -28,7 +28,7 @@ class BookFleet:
     """Engines that are up when a test says so."""
 
     room: int = 4
-    health: FleetHealth = field(default_factory=lambda: FleetHealth(start_deadline_s=10, suspect_s=5))
+    health: FleetHealth = field(default_factory=lambda: FleetHealth(start_deadline_s=10))
     engines: dict[str, str] = field(default_factory=dict)
     joining: dict[str, str] = field(default_factory=dict)
     losses: Counter[LossReason] = field(default_factory=Counter)

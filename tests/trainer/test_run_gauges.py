@@ -77,7 +77,7 @@ def test_the_version_is_that_of_the_fleet() -> None:
     require("ray")
     gauges, notes = RunGauges("mine"), Notes()
     gauges._metrics["windlass_weight_version"] = notes
-    fleet: Any = SimpleNamespace(health=FleetHealth(start_deadline_s=1, suspect_s=1), losses=Counter())
+    fleet: Any = SimpleNamespace(health=FleetHealth(start_deadline_s=1), losses=Counter())
     gauges.record(7, {"weight_version": 5}, fleet, 0)
     assert notes.last == {}, "no push so far"
     fleet.health.pushed({}, 7, 0.0)

@@ -103,3 +103,21 @@ def test_failures_come_back(head: dict[str, str], checkout: Path, tmp_path: Path
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 2, told
     assert "windlass: " in told
+
+
+def test_a_cluster_without_tokens_is_refused() -> None:
+    require("ray")
+    script = (
+        "from data.errors import RequestError\nfrom launch.cluster import cluster\n"
+        "from trainer.run_settings import ClusterSettings\n"
+        "for open_too in (False, True):\n"
+        "    try:\n        with cluster(ClusterSettings(unauthenticated=open_too)):\n            print('joined')\n"
+        "    except RequestError as error:\n        print(error)\n"
+    )
+    with ray_head(RAY_AUTH_MODE="disabled") as access:
+        environment = {**os.environ, **access, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": access["GCS"]}
+        command = [sys.executable, "-P", "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    refused, joined = [line for line in done.stdout.splitlines() if line.startswith(("cluster.address", "joined"))]
+    assert "which takes calls without a token" in refused, done.stderr
+    assert joined == "joined"
