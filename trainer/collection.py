@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from data.catalogue import Catalogue
 from data.errors import RequestError
@@ -24,7 +26,7 @@ from data.feedback import Anchors
 from data.records import DecodeSpec, Groups, Prompt, ScoredGroups
 from reward.scoring import RewardScorer
 from trainer.batch_signals import FeedbackRows
-from trainer.durable import write_text
+from trainer.durable import sync_file, write_text
 from trainer.given_scores import asking_for, given_items
 from trainer.ground_truth import with_ground_truth
 from trainer.group_dump import read_step, step_path, steps_in, write_step
@@ -147,6 +149,9 @@ def decode_spec(job: RlJob, step: int) -> DecodeSpec:
 def write_batch(folder: Path, step: int, batch: Batch) -> None:
     """Keep a batch until its step comes."""
     write_step(folder, step, batch.prompts, batch.scored)
+    if batch.lists is not None:
+        save_file(batch.lists.tensors(), _lists_path(folder, step))
+        sync_file(_lists_path(folder, step))
     rest = {"failure_N": batch.failure_N.astype(str).tolist(), "metrics": batch.metrics, "epoch": batch.epoch}
     write_text(_rest_path(folder, step), json.dumps(rest) + "\n")
 
@@ -166,10 +171,18 @@ def _read_batch(folder: Path, step: int, catalogue_digest: str) -> Batch:
     try:
         rest = json.loads(path.read_text(encoding="utf-8"))
         failure_N = np.array(rest["failure_N"], dtype=str)
-        return Batch(prompts, scored, failure_N, dict(rest["metrics"]), float(rest["epoch"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lists = None
+        if scored.groups.spec.lists is not None:
+            path = _lists_path(folder, step)
+            lists = ListSignals(**load_file(path))
+        return Batch(prompts, scored, failure_N, dict(rest["metrics"]), float(rest["epoch"]), lists)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RequestError(str(path), f"cannot be read ({error!r})", "a checkpoint as windlass wrote it") from error
 
 
 def _rest_path(folder: Path, step: int) -> Path:
     return step_path(folder, step).with_suffix(".json")
+
+
+def _lists_path(folder: Path, step: int) -> Path:
+    return step_path(folder, step).with_suffix(".safetensors")

@@ -2,7 +2,7 @@
 
 A row is a group; lists are flat in the order `[G]` or `[G, T]`. The file's metadata holds the format version, the
 decoding specification, the constraint and the digest of the catalogue. The columns of scored items are there only
-where the engine was asked for some.
+where the engine was asked for some, those of ranked lists only where the groups are lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import RequestError
-from data.records import Decode, DecodeSpec, Groups, Prompt, ScoredGroups
+from data.records import Decode, DecodeSpec, Groups, ListSpec, Prompt, ScoredGroups
 from trainer.durable import sync_file
 
 FORMAT: Final = 1
@@ -33,6 +33,13 @@ _GROUP_ARRAYS: Final = {
     "logp_PGT": pa.float32(),
     "finish_PG": pa.string(),
 }
+_RANKED_PROMPTS: Final = {
+    "need": pa.string(),
+    "candidates": pa.list_(pa.int32()),
+    "gain_C": pa.list_(pa.float32()),
+    "observed_C": pa.list_(pa.bool_()),
+}
+_RANKED_GROUPS: Final = {"item_PGK": pa.int32(), "segment_PGT": pa.int32()}
 _ASKED: Final = "prompt_scored_items"
 _ANSWERED: Final = "scored_logp_PMT"
 
@@ -79,6 +86,12 @@ def write_step(folder: Path, step: int, prompts: Sequence[Prompt], scored: Score
         scored_items = groups.scored_logp_PMT.shape[1]
         columns[_ASKED] = pa.array([prompt.scored_items for prompt in prompts], pa.list_(pa.int32()))
         columns[_ANSWERED] = _flat_lists(groups.scored_logp_PMT, pa.float32())
+    if groups.spec.lists is not None:
+        columns |= {
+            f"prompt_{name}": pa.array([getattr(prompt, name) for prompt in prompts], kind)
+            for name, kind in _RANKED_PROMPTS.items()
+        }
+        columns |= {name: _flat_lists(getattr(groups, name), kind) for name, kind in _RANKED_GROUPS.items()}
     columns["weight_version_P"] = pa.array(groups.weight_version_P)
     columns["engine_id_P"] = pa.array(groups.engine_id_P.astype(str).tolist(), pa.string())
     columns["failure_P"] = pa.array(scored.failure_P.astype(str).tolist(), pa.string())
@@ -136,6 +149,13 @@ def _parse(path: Path, table: pa.Table, catalogue_digest: str) -> tuple[list[Pro
         for name, kind in _GROUP_ARRAYS.items()
     }
     spec = dict(head["spec"])
+    if spec["lists"] is not None:
+        spec["lists"] = ListSpec(**spec["lists"])
+        ranked = table.select([f"prompt_{name}" for name in _RANKED_PROMPTS]).to_pylist()
+        prompts = [_ranked(prompt, row) for prompt, row in zip(prompts, ranked, strict=True)]
+        arrays["segment_PGT"] = _from_lists(table["segment_PGT"], shapes[3], _RANKED_GROUPS["segment_PGT"])
+        whole = (size, members, spec["lists"].width)
+        arrays["item_PGK"] = _from_lists(table["item_PGK"], whole, _RANKED_GROUPS["item_PGK"])
     if _ANSWERED in table.column_names:
         arrays[_ANSWERED] = _scored(table[_ANSWERED], size, head["scored_items"])
         asked = table[_ASKED].to_pylist()
@@ -189,6 +209,17 @@ def _prompt_columns() -> list[str]:
 def _prompt(row: dict[str, Any]) -> Prompt:
     lists: dict[str, Any] = {name: np.asarray(row[f"prompt_{name}"], dtype=np.int32) for name in _PROMPT_LISTS}
     return Prompt(**{name: row[name] for name in _PROMPT_SCALARS}, **lists)
+
+
+def _ranked(prompt: Prompt, row: dict[str, Any]) -> Prompt:
+    """The prompt with what it asks a list of."""
+    return dataclasses.replace(
+        prompt,
+        need=row["prompt_need"],
+        candidates=np.asarray(row["prompt_candidates"], dtype=np.int32),
+        gain_C=np.asarray(row["prompt_gain_C"], dtype=np.float32),
+        observed_C=np.asarray(row["prompt_observed_C"], dtype=bool),
+    )
 
 
 def _flat_lists(array: np.ndarray, kind: pa.DataType) -> pa.ListArray:

@@ -37,8 +37,6 @@ class ListJob(Protocol):
     def reward(self) -> RewardSettings: ...
     @property
     def group(self) -> GroupSettings: ...
-    @property
-    def max_staleness(self) -> int: ...
 
 
 def check_language_lists(lists: ListSettings, text: TextSettings) -> None:
@@ -101,11 +99,9 @@ def check_list_objective(job: ListJob, *, dumps: bool) -> None:
             raise RequestError(f"reward.{name}", weight, "0 with lists.needs: lists are rewarded for their gains")
     _check_gains(credit, reward)
     _check_groups(job.group)
-    if job.max_staleness:
-        raise RequestError("max_staleness", job.max_staleness, "0 with lists.needs: waiting batches hold no lists")
     if dumps:
         raise RequestError(
-            "lists.needs", len(job.lists.needs), "none with rollout_only or train_only: no lists in dumps"
+            "lists.needs", len(job.lists.needs), "none with rollout_only or train_only: dumps hold no credit"
         )
 
 

@@ -34,6 +34,11 @@ class ListSignals:
     propagated_PGK: Tensor | None = None
     """float64: variance of the credit; None where nothing gives one."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the fields that are there, by name, each in memory of its own: what a file keeps."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.contiguous().clone() for name, value in fields.items() if value is not None}
+
     def take_members(self, order: Tensor) -> ListSignals:
         """The signals with the members in another order."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

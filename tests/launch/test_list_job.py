@@ -2,7 +2,7 @@
 
 Checks exit codes, that lists are valid and engine and learner agree, that the critic is asked, what the checkpoint
 says of its lists, and (long) that lists come after free text, that a supervised run cut off and continued, and a run
-of credit after it, end at the weights of undisturbed ones, and that a language model learns lists of titles, by LoRA
+of credit after it, also one batch ahead, end at the weights of undisturbed ones, and that a language model learns lists of titles, by LoRA
 too, and is evaluated on them. What lands on which token: tests/trainer/test_list_loop.py.
 """
 
@@ -42,6 +42,7 @@ CREDIT: dict[str, Any] = {
     "objective": {"ratio": "item", "credit": {"kind": "items", "uncertainty": {"variance": "propagated"}}},
     "reward": {"item_match": 0.0, "rank_penalty": 0.0, "ranker": "critic"},
 }
+AHEAD: dict[str, Any] = CREDIT["objective"] | {"truncation": {"level": "item"}}
 
 
 def job(dataset: Path, kind: str, **sections: Any) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CriticRanker(Critic(shape)).save(folder / "critic")
     write_recipe(folder / "sft.yaml", job(dataset, "sft", batch_rows=16))
     write_recipe(folder / "lists.yaml", job(dataset, "rl", **CREDIT))
+    write_recipe(folder / "ahead.yaml", job(dataset, "rl", max_staleness=1, **CREDIT | {"objective": AHEAD}))
     write_recipe(folder / "text.yaml", job(dataset, "rl", **CREDIT | {"lists": LISTS | {"text_tokens": 5}}))
     return folder
 
@@ -108,7 +110,7 @@ def test_lists_after_free_text(folder: Path) -> None:
 
 @pytest.mark.long
 def test_a_list_run_that_is_cut_off_ends_at_the_same_weights(folder: Path) -> None:
-    for name, start in (("sft", None), ("lists", "runs/sft-whole")):
+    for name, start in (("sft", None), ("lists", "runs/sft-whole"), ("ahead", "runs/sft-whole")):
         further = [] if start is None else ["--init", start]
         whole = windlass("train", f"{name}.yaml", "--run-dir", f"runs/{name}-whole", *further, cwd=folder)
         assert whole.returncode == 0, whole.stderr

@@ -6,6 +6,7 @@ Does not check that a run trained from a dump equals the run that wrote it: test
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import RequestError
-from data.records import Decode, DecodeSpec, Finish, Groups, Prompt, RewardFailure, ScoredGroups
+from data.records import Decode, DecodeSpec, Finish, Groups, ListSpec, Prompt, RewardFailure, ScoredGroups
 from trainer.group_dump import dumped_steps, read_step, step_path, write_step
 
 
@@ -61,9 +62,36 @@ def with_scored_items(prompts: list[Prompt], scored: ScoredGroups) -> tuple[list
     return asked, dataclasses.replace(scored, groups=groups)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_round_trip(tmp_path: Path, asked: bool) -> None:
-    prompts, scored = with_scored_items(*example()) if asked else example()
+def as_lists(prompts: list[Prompt], scored: ScoredGroups) -> tuple[list[Prompt], ScoredGroups]:
+    rng = np.random.default_rng(2)
+    asked = [
+        dataclasses.replace(
+            prompt,
+            need=need,
+            candidates=np.arange(size, dtype=np.int32)[::-1].copy(),
+            gain_C=rng.random(size).astype(np.float32),
+            observed_C=rng.random(size) < 0.5,
+        )
+        for prompt, need, size in zip(prompts, ("trend", "niche", "trend"), (5, 2, 4), strict=True)
+    ]
+    groups = dataclasses.replace(
+        scored.groups,
+        spec=dataclasses.replace(scored.groups.spec, lists=ListSpec(candidates=5, length=3, text_tokens=1)),
+        item_PGK=rng.integers(-1, 5, (3, 4, 3)).astype(np.int32),
+        segment_PGT=rng.integers(-2, 3, (3, 4, 2)).astype(np.int32),
+    )
+    return asked, dataclasses.replace(scored, groups=groups)
+
+
+def as_they_are(prompts: list[Prompt], scored: ScoredGroups) -> tuple[list[Prompt], ScoredGroups]:
+    return prompts, scored
+
+
+@pytest.mark.parametrize("change", [as_they_are, with_scored_items, as_lists])
+def test_round_trip(
+    tmp_path: Path, change: Callable[[list[Prompt], ScoredGroups], tuple[list[Prompt], ScoredGroups]]
+) -> None:
+    prompts, scored = change(*example())
     write_step(tmp_path, 1, prompts, scored)
     assert dumped_steps(tmp_path) == [1]
     again_prompts, again = read_step(tmp_path, 1, "digest")

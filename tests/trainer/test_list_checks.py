@@ -60,12 +60,7 @@ def job(**sections: Any) -> RlJob:
         ),
         ({"group": {"refill": "oversample"}}, "group.refill", "shows in the objective only"),
         ({"group": {"ground_truth": "append"}}, "group.ground_truth", "an item, not a list"),
-        (
-            {"max_staleness": 1, "objective": {"credit": {"kind": "items"}, "truncation": {"level": "token"}}},
-            "max_staleness",
-            "hold no lists",
-        ),
-        ({"rollout_only": "dump"}, "lists.needs", "no lists in dumps"),
+        ({"rollout_only": "dump"}, "lists.needs", "dumps hold no credit"),
         ({"feedback": "log"}, "lists.needs", "logs are of single items"),
         ({"evaluation": {"metric": "coverage@10"}}, "evaluation.metric", "ndcg@K, recall@K, mrr@K, hr@K"),
         ({"evaluation": {"k": [1, 10, 13]}}, "evaluation.k", "at most 12, the items of a list"),

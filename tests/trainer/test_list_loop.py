@@ -1,9 +1,10 @@
 """The RL loop on ranked lists in one process: items of unequal path length, two needs, feedback seen in part, a critic.
 
 Checks that the coefficients that reach the learner are those of a plain loop over the items, their swaps and their
-tokens, with multipliers; that a restart continues to the bit; that lists are valid, engine and learner agree and
-metrics are told; that failed estimates mask their prompts and too many stop the run; credit by evaluation; and the
-supervised rows. The critic is a fake. The fleet and Ray Serve: tests/launch/test_list_job.py.
+tokens, with multipliers; that a restart continues to the bit, also with lists that wait for their step; that lists are
+valid, engine and learner agree and metrics are told; that failed estimates mask their prompts and too many stop the
+run; credit by evaluation; and the supervised rows. The critic is a fake. The fleet and Ray Serve:
+tests/launch/test_list_job.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from reward.client import RewardClient
 from reward.wire import ScoreCall
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
-from tests.trainer.test_loop import World, host_of, weights
+from tests.trainer.test_loop import World, host_of, stale, weights
 from trainer.collection import Batch
 from trainer.jobs import RlJob, SftJob
 from trainer.list_jobs import ideal_rows
@@ -236,6 +237,28 @@ def test_a_run_tells_its_metrics_and_continues_to_the_bit(world: World) -> None:
     again.run()
     assert weights(again, world.folder / "again-hf") == expected
     assert host_of(again).steps == {step: steps[step] for step in (2, 3)}
+
+
+def test_lists_collected_ahead_wait_in_checkpoints_with_their_credit(world: World) -> None:
+    changes = stale(world, 2)
+    whole = world.build("ahead", **changes)
+    whole.run()
+    steps = host_of(whole).steps
+    for step in (1, 2, 3):
+        assert steps[step]["weight_version"] == max(step - 3, 0)
+        assert steps[step]["truncation/mean"] > 0
+    expected = weights(whole, world.folder / "ahead-hf")
+    kept = host_of(whole).folder / "state-1"
+    assert len(list((kept / "waiting").glob("*.safetensors"))) == 2
+    again = world.build("ahead-again", state=host_of(whole).saved[1], load=kept, **changes)
+    again.restore(kept)
+    again.run()
+    assert host_of(again).steps == {step: steps[step] for step in (2, 3)}
+    assert weights(again, world.folder / "ahead-again-hf") == expected
+    (lost, *_) = (kept / "waiting").glob("*.safetensors")
+    lost.write_bytes(b"")
+    with pytest.raises(RequestError, match=r"step-00000\d\.safetensors: cannot be read"):
+        world.build("ahead-lost", state=host_of(whole).saved[1], load=kept, **changes).restore(kept)
 
 
 def test_prompts_whose_estimates_failed_are_masked_and_counted(world: World) -> None:
