@@ -1,9 +1,9 @@
 """Jobs of ranked lists through the command line on the real parts: a vLLM engine, DeepSpeed, a critic on Ray Serve.
 
 Checks exit codes, that lists are valid and engine and learner agree, that the critic is asked, what the checkpoint
-says of its lists, and (long) that lists come after free text, that a supervised run cut off and continued, and a run
-of credit after it, also one batch ahead, end at the weights of undisturbed ones, and that a language model learns lists of titles, by LoRA
-too, and is evaluated on them. What lands on which token: tests/trainer/test_list_loop.py.
+says of its lists, and (long) that lists come after free text, that a supervised run cut off and continued, and runs of
+credit after it, one of them a batch ahead, end at the weights of undisturbed ones, and that a language model learns
+lists of titles, by LoRA too, and is evaluated on them. What lands on which token: tests/trainer/test_list_loop.py.
 """
 
 from __future__ import annotations
