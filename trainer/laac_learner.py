@@ -28,6 +28,7 @@ from trainer.laac_losses import bounded_target, follow, project_norms
 from trainer.laac_modules import Actor, Critics, PolicyView, Supervised, Terms
 from trainer.laac_settings import LaacSettings, Method
 from trainer.learner_state import OptimiserState, load_state, save_state
+from trainer.policy_expectation import FixedPolicy
 from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
 
 TARGETS = "targets.safetensors"
@@ -177,14 +178,16 @@ class LaacLearner:
         with torch.no_grad():
             return query_BD, self._actor.network.state(batch.next_BH)
 
+    def _policy(self, query_BD: Tensor) -> FixedPolicy:
+        return FixedPolicy(query_BD, self._actor.network.item_ND, chunk=self.settings.chunk)
+
     def _laac(self, batch: Batch, counts: Counts) -> Terms:
         critics, target = self._critics, cast(Critics, self._target)
         warm = self.step < self.settings.warmstart_steps
         query_BD, next_query_BD = self._queries(batch)
         with torch.no_grad():
-            policy = PolicyView(query_BD.detach(), next_query_BD, self._actor.network.item_ND.detach())
-            next_values = target.policy_values(target.state(batch.next_BH), policy.next_query_BD, policy.key_ND)
-            next_B = torch.minimum(*next_values)
+            policy = PolicyView(self._policy(query_BD), self._policy(next_query_BD))
+            next_B = torch.minimum(*target.policy_values(target.state(batch.next_BH), policy.next))
             target_B = bounded_target(batch.reward_B, batch.done_B, next_B, self.settings.discount)
         loss, terms = self._players["critics"].engine(batch, counts, policy, target_B, warm=warm)
         self._players["critics"].update(loss, self.place.ranks)
@@ -193,9 +196,11 @@ class LaacLearner:
             terms["projected"] = torch.tensor(projected / self.place.ranks)
         with torch.no_grad():
             state_BD = critics.state(batch.history_BH)
-        query_BD = state_BD if self.settings.shared_encoder else query_BD
+        now = policy.now
+        if self.settings.shared_encoder:
+            query_BD, now = state_BD, self._policy(state_BD)
         critic = (None, None) if warm else (state_BD, critics.twins[0].item_ND.detach())
-        loss, actor_terms = self._players["actor"].engine(batch, counts, query_BD, *critic)
+        loss, actor_terms = self._players["actor"].engine(batch, counts, now, query_BD, *critic)
         self._players["actor"].update(loss, self.place.ranks)
         follow(self._following, self._followed, self.settings.target_rate)
         joined: Terms = {**terms, **actor_terms}

@@ -19,19 +19,19 @@ from reward.laac import ItemNetwork, LaacShape
 from trainer.laac_batches import Batch, Counts
 from trainer.laac_losses import Backup, actor_loss, backup_error, bounded_target, critic_loss, gap, grounding
 from trainer.laac_settings import LaacSettings, Method
-from trainer.policy_expectation import best_items, entropy, expectation
+from trainer.policy_expectation import FixedPolicy, best_items, entropy, expectation
 
 Terms = dict[str, Tensor]
 """Detached values by name; summed over the ranks they are those of the batch."""
 
 
 class PolicyView(NamedTuple):
-    """The policy as the critics see it: no gradient passes."""
+    """The policy as the critics see it."""
 
-    query_BD: Tensor
+    now: FixedPolicy
     """In the states."""
-    next_query_BD: Tensor
-    key_ND: Tensor
+    next: FixedPolicy
+    """In the next states."""
 
 
 class Critics(nn.Module):
@@ -51,11 +51,15 @@ class Critics(nn.Module):
         """States of both."""
         return self.twins[0].state(history_BH)
 
-    def policy_values(self, state_BD: Tensor, query_BD: Tensor, key_ND: Tensor) -> list[Tensor]:
+    def policy_values(self, state_BD: Tensor, policy: FixedPolicy) -> list[Tensor]:
         """`f_j(s,pi)` of each critic."""
-        items = tuple(network.item_ND for network in self.twins)
-        _, means_BD = expectation(query_BD, key_ND, items, chunk=self.settings.chunk)
-        return [(state_BD * mean_BD).sum(1) for mean_BD in means_BD]
+        return [(state_BD * mean_BD).sum(1) for mean_BD in policy.means(*(network.item_ND for network in self.twins))]
+
+    def mean_policy_value(self, state_BD: Tensor, policy: FixedPolicy) -> Tensor:
+        """The mean of `f_j(s,pi)` over the critics: half the work of both."""
+        first, second = self.twins
+        (mean_BD,) = policy.means(first.item_ND + second.item_ND)
+        return 0.5 * (state_BD * mean_BD).sum(1)
 
     def forward(
         self, batch: Batch, counts: Counts, policy: PolicyView, target_B: Tensor, *, warm: bool
@@ -72,22 +76,24 @@ class Critics(nn.Module):
             next_BD = self.state(batch.next_BH)
             own_targets = [
                 bounded_target(batch.reward_B, batch.done_B, value_B, settings.discount)
-                for value_B in self.policy_values(next_BD, policy.next_query_BD, policy.key_ND)
+                for value_B in self.policy_values(next_BD, policy.next)
             ]
-        policy_values = None if warm else self.policy_values(state_BD, policy.query_BD, policy.key_ND)
+        # The critics are told apart in all terms but the gap, which is linear in their values on the policy's actions.
+        policy_value_B = None if warm else self.mean_policy_value(state_BD, policy.now)
+        item_BS = torch.cat([batch.action_B[:, None], batch.answer_BR], 1)
         referenced_B = batch.weight_BR.sum(1) > 0
         total = state_BD.new_zeros(())
         sums: Terms = {}
         for number, network in enumerate(self.twins):
-            data_B = network.values(state_BD, batch.action_B[:, None])[:, 0]
+            value_BS = network.values(state_BD, item_BS)
+            data_B, answer_BR = value_BS[:, 0], value_BS[:, 1:]
             td = backup_error(data_B, target_B, own_targets[number]).sum() / counts.rows
             parts = {"td": td, "data_value": data_B.sum() / counts.rows}
-            if policy_values is None:
+            if policy_value_B is None:
                 loss = td
             else:
-                answer_BR = network.values(state_BD, batch.answer_BR)
                 reference_B = (batch.weight_BR * answer_BR).sum(1)
-                gap_B = torch.where(referenced_B, gap(policy_values[number], reference_B), 0.0)
+                gap_B = torch.where(referenced_B, gap(policy_value_B, reference_B), 0.0)
                 ground_B = grounding(data_B, answer_BR, batch.weight_BR, settings.grounding)
                 present = max(counts.referenced, 1)
                 parts |= {"gap": gap_B.sum() / present, "grounding": ground_B.sum() / present}
@@ -118,6 +124,7 @@ class Actor(nn.Module):
         self,
         batch: Batch,
         counts: Counts,
+        policy: FixedPolicy,
         query_BD: Tensor,
         critic_BD: Tensor | None,
         critic_ND: Tensor | None,
@@ -125,6 +132,7 @@ class Actor(nn.Module):
         """The loss of the policy: -f1(s,pi) less the weighted entropy, or cloning where no critic is given.
 
         Args:
+            policy: in the states, of `query_BD` and the present items.
             query_BD: the policy's own states, with their gradient, or those of the critics that it is lent.
             critic_BD: states of the first critic.
             critic_ND: its items.
@@ -132,10 +140,11 @@ class Actor(nn.Module):
         key_ND = self.network.item_ND
         if critic_BD is None or critic_ND is None:
             return self._cloning(batch, counts, query_BD)
-        wanted = (critic_ND, key_ND) if self.settings.entropy else (critic_ND,)
-        lse_B, means_BD = expectation(query_BD, key_ND, wanted, chunk=self.settings.chunk)
-        value_B = (critic_BD * means_BD[0]).sum(1)
-        entropy_B = entropy(query_BD, lse_B, means_BD[1]) if self.settings.entropy else None
+        value_B = policy.value(query_BD, key_ND, critic_BD, critic_ND)
+        entropy_B = None
+        if self.settings.entropy:
+            lse_B, (mean_BD,) = expectation(query_BD, key_ND, (key_ND,), chunk=self.settings.chunk)
+            entropy_B = entropy(query_BD, lse_B, mean_BD)
         loss = actor_loss(value_B, entropy_B, self.settings.entropy).sum() / counts.rows
         terms = {"policy_value": value_B.detach().sum() / counts.rows, "actor_loss": loss.detach()}
         if entropy_B is not None:

@@ -5,12 +5,16 @@ the policy but the mean of those rows: `sum_a p(a) value_a`. That is attention o
 chunks of items with a running maximum; the backward pass computes each chunk's probabilities again.
 Memory grows with the batch times the chunk, so that a million items fit.
 
+Where several players look at one policy, `FixedPolicy` holds its probabilities for all of them: products of the batch
+with the catalogue are what a step of LAAC costs.
+
 Suffixes: `_B` row, `_D` width of query and key, `_N` item, `_C` item of a chunk, `_V` width of a value.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,6 +105,114 @@ def expectation(
     """
     lse_B, *means_BV = _Expectation.apply(chunk, query_BD, key_ND, *values_NV)  # type: ignore[no-untyped-call]
     return lse_B, means_BV
+
+
+class FixedPolicy:
+    """`softmax(query . key)` as others see it: computed once, without gradient."""
+
+    def __init__(self, query_BD: Tensor, key_ND: Tensor, *, chunk: int = 16_384) -> None:
+        """
+        Args:
+            query_BD: of the policy's states.
+            key_ND: of the items.
+            chunk: items at once; the probabilities of a catalogue of no more are kept, those of another one are
+                computed again for each who asks.
+        """
+        self._query_BD, self._key_ND, self._chunk = query_BD.detach(), key_ND.detach(), chunk
+        self._whole_BN: Tensor | None = None
+        self._lse_B: Tensor | None = None
+        with torch.no_grad():
+            if len(key_ND) <= chunk:
+                self._whole_BN = (self._query_BD @ self._key_ND.T).softmax(1)
+            else:
+                self._lse_B, _ = expectation(self._query_BD, self._key_ND, chunk=chunk)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Items, and their probabilities `[B, C]`."""
+        if self._whole_BN is not None:
+            yield slice(None), self._whole_BN
+            return
+        assert self._lse_B is not None
+        for first in range(0, len(self._key_ND), self._chunk):
+            part = slice(first, first + self._chunk)
+            yield part, (self._query_BD @ self._key_ND[part].T).sub_(self._lse_B[:, None]).exp_()
+
+    def means(self, *values_NV: Tensor) -> list[Tensor]:
+        """`[B, width]` of each value: sum_i p_i value_i, with gradients to the values."""
+        return list(_Means.apply(self, *values_NV))  # type: ignore[no-untyped-call]
+
+    def value(self, query_BD: Tensor, key_ND: Tensor, state_BD: Tensor, value_ND: Tensor) -> Tensor:
+        """`[B]`: sum_i p_i (state . value_i), with gradients to the query and the keys that the policy is made of.
+
+        Args:
+            query_BD: as the policy was made, with its gradient.
+            key_ND: as the policy was made, with its gradient.
+            state_BD: of the critic; no gradient.
+            value_ND: of the critic; no gradient.
+        """
+        arguments = query_BD, key_ND, state_BD.detach(), value_ND.detach()
+        return cast(Tensor, _Value.apply(self, *arguments))  # type: ignore[no-untyped-call]
+
+
+class _Means(torch.autograd.Function):
+    """Forward and backward of `FixedPolicy.means`."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: FixedPolicy, *values_NV: Tensor) -> tuple[Tensor, ...]:
+        ctx.policy, ctx.shapes = policy, [value_NV.shape for value_NV in values_NV]
+        means: list[Tensor] = []
+        for part, weight_BC in policy.chunks():
+            found = [weight_BC @ value_NV[part] for value_NV in values_NV]
+            means = [mean.add_(more) for mean, more in zip(means, found, strict=True)] if means else found
+        return tuple(means)
+
+    @staticmethod
+    def backward(ctx: Any, *d_means_BV: Tensor) -> tuple[Tensor | None, ...]:
+        d_values_NV = [
+            d_mean_BV.new_empty(shape) if wanted else None
+            for d_mean_BV, shape, wanted in zip(d_means_BV, ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        ]
+        for part, weight_BC in ctx.policy.chunks():
+            for d_value_NV, d_mean_BV in zip(d_values_NV, d_means_BV, strict=True):
+                if d_value_NV is not None:
+                    torch.mm(weight_BC.T, d_mean_BV, out=d_value_NV[part])
+        return (None, *d_values_NV)
+
+
+class _Value(torch.autograd.Function):
+    """Forward and backward of `FixedPolicy.value`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, policy: FixedPolicy, query_BD: Tensor, key_ND: Tensor, state_BD: Tensor, value_ND: Tensor
+    ) -> Tensor:
+        value_B = state_BD.new_zeros(len(state_BD))
+        worth_BC = None
+        for part, weight_BC in policy.chunks():
+            worth_BC = state_BD @ value_ND[part].T
+            value_B += torch.linalg.vecdot(weight_BC, worth_BC)
+        # What one piece is worth is kept like its probabilities.
+        ctx.worth_BN = worth_BC if len(value_ND) <= policy._chunk else None
+        ctx.policy = policy
+        ctx.save_for_backward(query_BD, key_ND, state_BD, value_ND, value_B)
+        return value_B
+
+    @staticmethod
+    def backward(ctx: Any, d_value_B: Tensor) -> tuple[Tensor | None, ...]:
+        query_BD, key_ND, state_BD, value_ND, value_B = ctx.saved_tensors
+        d_query_BD = torch.zeros_like(query_BD) if ctx.needs_input_grad[1] else None
+        d_key_ND = torch.empty_like(key_ND)
+        scaled_BD = d_value_B[:, None] * query_BD
+        for part, weight_BC in ctx.policy.chunks():
+            worth_BC = ctx.worth_BN if ctx.worth_BN is not None else state_BD @ value_ND[part].T
+            # d value / d logit_c = p_c * (worth_c - value)
+            slope_BC = (worth_BC - value_B[:, None]).mul_(weight_BC)
+            if d_query_BD is not None:
+                d_query_BD.addmm_(slope_BC, key_ND[part])
+            torch.mm(slope_BC.T, scaled_BD, out=d_key_ND[part])
+        if d_query_BD is not None:
+            d_query_BD *= d_value_B[:, None]
+        return None, d_query_BD, d_key_ND, None, None
 
 
 def entropy(query_BD: Tensor, lse_B: Tensor, mean_key_BD: Tensor) -> Tensor:

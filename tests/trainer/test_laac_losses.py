@@ -31,7 +31,7 @@ from trainer.laac_losses import (
     grounding,
     project_norms,
 )
-from trainer.policy_expectation import best_items, entropy, expectation
+from trainer.policy_expectation import FixedPolicy, best_items, entropy, expectation
 
 ROWS, ITEMS, ANSWERS = 5, 9, 3
 ITEM = st.integers(0, ITEMS - 1)
@@ -297,6 +297,52 @@ def test_chunked_expectations_and_gradients_are_the_dense_ones(chunk: int) -> No
     wanted_entropy = -(policy_BN * policy_BN.log()).sum(1)
     torch.testing.assert_close(entropy(query, *_with_keys(query, key, chunk)), wanted_entropy)
     assert best_items(query, key, chunk=chunk).tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("chunk", [4, 13, 100])
+def test_what_players_see_of_one_policy_is_the_dense_expectation(chunk: int) -> None:
+    random = torch.Generator().manual_seed(8)
+    shapes = ((6, 5), (13, 5), (13, 5), (13, 2))
+    query, key, first, second = (
+        torch.randn(*shape, generator=random, dtype=torch.float64, requires_grad=True) for shape in shapes
+    )
+    state = torch.randn(6, 5, generator=random, dtype=torch.float64)
+    weight = torch.randn(6, generator=random, dtype=torch.float64)
+    policy, dense_BN = FixedPolicy(query, key, chunk=chunk), (query @ key.T).softmax(1)
+    torch.testing.assert_close(torch.cat([part for _, part in policy.chunks()], 1), dense_BN.detach())
+    # A critic: gradients to its rows alone, and only to those that want them.
+    found, other = policy.means(first, second.detach())
+    wanted = dense_BN.detach() @ first
+    torch.testing.assert_close((found, other), (wanted, dense_BN.detach() @ second.detach()))
+    for one, dense in ((found, wanted), (policy.means(second)[0], dense_BN.detach() @ second)):
+        leaf = first if one is found else second
+        (gradient,) = torch.autograd.grad(one.square().sum(), leaf)
+        torch.testing.assert_close(gradient, torch.autograd.grad(dense.square().sum(), leaf)[0])
+    # The actor: gradients to its states and items, none to the critic.
+    value_B = policy.value(query, key, state, first)
+    dense_B = (dense_BN * (state @ first.detach().T)).sum(1)
+    torch.testing.assert_close(value_B, dense_B)
+    gradients = torch.autograd.grad((weight * value_B).sum(), (query, key), retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad((weight * dense_B).sum(), (query, key)))
+    assert torch.autograd.grad(value_B.sum(), first, allow_unused=True) == (None,)
+
+
+def test_one_value_of_both_critics_is_their_mean() -> None:
+    from reward.laac import LaacShape
+    from trainer.laac_modules import Critics
+    from trainer.laac_settings import LaacSettings
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        critics = Critics(LaacShape(n_items=11, width=8, history=3), LaacSettings())
+        policy = FixedPolicy(torch.randn(4, 8), torch.randn(11, 8))
+        state = torch.randn(4, 8)
+    both = torch.stack(critics.policy_values(state, policy))
+    joint = critics.mean_policy_value(state, policy)
+    torch.testing.assert_close(joint, both.mean(0))
+    items = [network.item_ND for network in critics.twins]
+    wanted = torch.autograd.grad(both.mean(0).square().sum(), items)
+    torch.testing.assert_close(torch.autograd.grad(joint.square().sum(), items), wanted)
 
 
 def _with_keys(query: Tensor, key: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
