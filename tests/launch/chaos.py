@@ -50,6 +50,8 @@ class Chaos:
     seed: int
     victims: Sequence[Victim]
     """What is struck, drawn evenly among those that are there."""
+    first: Victim | None = None
+    """Who is killed by the first strike; none draws it like the others."""
     pause_s: float = 1.0
     """Longest pause before a strike, so that it falls anywhere in a step."""
     patience_s: float = 240.0
@@ -115,9 +117,10 @@ class Chaos:
         assert self._job is not None
         assert self._job.poll() is None, f"the run ended before the last strike: {self.told()}"
         there = self._processes()
-        kind = self._chance.choice([victim for victim in self.victims if there[victim]])
+        certain = None if self.strikes else self.first
+        kind = certain or self._chance.choice([victim for victim in self.victims if there[victim]])
         process = self._chance.choice(there[kind])
-        stop = self._chance.random() < 0.4
+        stop = self._chance.random() < 0.4 and certain is None
         # The driver is not left stopped for good: nobody would ever end it.
         seconds = self._chance.choice([0.3, 2.0] if kind is Victim.DRIVER else [0.3, 2.0, None])
         how = f"stop for {seconds or 'ever'}" if stop else "kill"

@@ -74,7 +74,8 @@ def assert_undisturbed(folder: Path, chaos: Chaos, steps: int) -> None:
 def test_five_strikes(tmp_path: Path) -> None:
     steps = 16
     folder = world(tmp_path, steps)
-    chaos = Chaos(folder, folder / "runs" / "struck", 5, (Victim.ENGINE, Victim.LEARNER, Victim.WORKER, Victim.DRIVER))
+    parts = (Victim.ENGINE, Victim.LEARNER, Victim.WORKER, Victim.DRIVER)
+    chaos = Chaos(folder, folder / "runs" / "struck", 5, parts, first=Victim.DRIVER)
     chaos.go(5)
     assert chaos.strikes.total() == 5
     assert_undisturbed(folder, chaos, steps)

@@ -1,7 +1,8 @@
 """Kills: a run that dies by SIGKILL anywhere continues when it is started again, to the same weights and metrics.
 
 Compares final weights bit for bit and metrics.jsonl outside `time/`, `perf/` and `system/` with an undisturbed run of
-the same configuration. One seeded point runs in `make test`, all of them and three random kills in `make test-long`.
+the same configuration. All points and three random kills run in `make test-long`; what `make test` kills is in
+test_chaos.py.
 With restarts allowed, a run that loses engines or learners goes on by itself, to the same bits. Does not check kills of
 several processes at once, nor other machines.
 """
@@ -25,6 +26,7 @@ from tests.requirements import require
 from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
 from trainer.run_log import reproducible
 
+pytestmark = pytest.mark.long
 STEPS = 4
 PASSINGS = {
     # Evaluation asks the engine for 4 shards at step 0, training for 2 in every step: the 7th is in step 2.
@@ -76,17 +78,11 @@ def kill_and_continue(world: Path, point: FaultPoint) -> None:
     assert_same_run(run, world / "runs" / "whole")
 
 
-def test_a_kill_before_the_optimiser_step(world: Path) -> None:
-    kill_and_continue(world, FaultPoint.OPTIMISER_STEP)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("point", [point for point in FaultPoint if point is not FaultPoint.OPTIMISER_STEP])
-def test_a_kill_at_every_other_point(world: Path, point: FaultPoint) -> None:
+@pytest.mark.parametrize("point", list(FaultPoint))
+def test_a_kill_at_every_point(world: Path, point: FaultPoint) -> None:
     kill_and_continue(world, point)
 
 
-@pytest.mark.long
 def test_a_run_that_keeps_losing_its_engine_goes_on(world: Path) -> None:
     run = world / "runs" / "engines"
     # Every engine dies at its seventh shard, and so do those that take its place.
@@ -98,7 +94,6 @@ def test_a_run_that_keeps_losing_its_engine_goes_on(world: Path) -> None:
     assert read_steps(run)[-1]["system/engine_restarts"] >= 2
 
 
-@pytest.mark.long
 def test_a_run_that_loses_its_learners_begins_again_from_the_manifest(world: Path) -> None:
     run = world / "runs" / "learners"
     fault = {"WINDLASS_FAULT": "optimiser_step:3"}
@@ -109,7 +104,6 @@ def test_a_run_that_loses_its_learners_begins_again_from_the_manifest(world: Pat
     assert_same_run(run, world / "runs" / "whole")
 
 
-@pytest.mark.long
 def test_a_run_ahead_that_loses_its_last_engine_goes_on(world: Path) -> None:
     """The learners are at work then: the next engine takes what their last push left behind."""
     ahead = ("--max-staleness", "1", "--objective.truncation.level", "token")
@@ -125,7 +119,6 @@ def test_a_run_ahead_that_loses_its_last_engine_goes_on(world: Path) -> None:
     assert not (world / "runs" / "ahead-engines" / "weights").exists()
 
 
-@pytest.mark.long
 def test_a_colocated_run_is_the_same_to_the_bit(world: Path) -> None:
     run = world / "runs" / "colocated"
     done = windlass("train", "job.yaml", "--run-dir", str(run), "--cluster.colocated", "true", cwd=world)
@@ -134,7 +127,6 @@ def test_a_colocated_run_is_the_same_to_the_bit(world: Path) -> None:
     assert all(step["time/sleep"] > 0 for step in read_steps(run)[1:])
 
 
-@pytest.mark.long
 def test_three_kills_at_random_times(world: Path) -> None:
     run = world / "runs" / "random"
     chance = random.Random(7)
@@ -156,7 +148,6 @@ def kill_driver_after(world: Path, run: Path, seconds: float) -> None:
     started.wait()
 
 
-@pytest.mark.long
 def test_sigterm_ends_at_a_step_boundary_and_the_run_continues(world: Path) -> None:
     run = world / "runs" / "terminated"
     command = [str(Path(sys.executable).parent / "windlass"), "train", "job.yaml", "--run-dir", str(run)]
@@ -170,7 +161,6 @@ def test_sigterm_ends_at_a_step_boundary_and_the_run_continues(world: Path) -> N
     assert_same_run(run, world / "runs" / "whole")
 
 
-@pytest.mark.long
 def test_a_damaged_checkpoint_is_refused_in_one_line(world: Path) -> None:
     run = world / "runs" / "damaged"
     shutil.copytree(world / "runs" / "whole", run)

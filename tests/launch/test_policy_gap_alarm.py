@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import Here
 from tests.requirements import require
-from tests.small_world import read_steps, recipe, windlass, write_dataset, write_recipe
+from tests.small_world import read_steps, recipe, write_dataset, write_recipe
 
 FAULTY_VERSION = 1
 
@@ -34,20 +35,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_the_alarm_stops_the_run(world: Path, fault: str) -> None:
+def assert_the_alarm_stops_the_run(here: Here, world: Path, fault: str) -> None:
     run = world / "runs" / fault
-    done = windlass("train", "job.yaml", "--run-dir", str(run), "--weights.test-fault", fault, cwd=world)
+    done = here("train", "job.yaml", "--run-dir", str(run), "--weights.test-fault", fault, cwd=world)
     assert done.returncode == 1, done.stderr
     assert "policy gap of step 2" in done.stderr.splitlines()[-1]
     assert read_steps(run)[-1]["step"] == FAULTY_VERSION
     assert (run / "checkpoints" / f"step-{FAULTY_VERSION:06d}" / "MANIFEST.json").is_file()
 
 
-def test_a_withheld_head(world: Path) -> None:
-    assert_the_alarm_stops_the_run(world, "withhold_head")
+def test_a_withheld_head(windlass_here: Here, world: Path) -> None:
+    assert_the_alarm_stops_the_run(windlass_here, world, "withhold_head")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["withhold_push", "withhold_bucket"])
-def test_other_withheld_weights(world: Path, fault: str) -> None:
-    assert_the_alarm_stops_the_run(world, fault)
+def test_other_withheld_weights(windlass_here: Here, world: Path, fault: str) -> None:
+    assert_the_alarm_stops_the_run(windlass_here, world, fault)
