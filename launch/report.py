@@ -24,9 +24,11 @@ CURVES = ("bins", "levels")
 NOT_FACTS = ("stages", "comparisons", "format", "sweep")
 """Parts of the summary that stand in tables of their own."""
 TEMPLATES = Path(__file__).parent / "templates"
-SHOWN_COLUMNS = r"(hr|ndcg|recall|mrr|coverage|novelty|ild|repetition|reward|invalid)(@\d+)?(/.*)?|n"
+COUNTS = ("n", "runs", "diverged")
+"""Columns of which none is the best."""
+SHOWN_COLUMNS = rf"(hr|ndcg|recall|mrr|coverage|novelty|ild|repetition|reward|invalid)(@\d+)?(/.*)?|{'|'.join(COUNTS)}"
 SMALLER_IS_BETTER = r"(invalid|repetition).*"
-FAMILIES = ("hr", "ndcg", "recall", "mrr", "coverage", "novelty", "ild", "repetition", "reward", "invalid", "n")
+FAMILIES = ("hr", "ndcg", "recall", "mrr", "coverage", "novelty", "ild", "repetition", "reward", "invalid", *COUNTS)
 
 
 def report_command(
@@ -225,7 +227,7 @@ def stage_tables(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     best: dict[str, float] = {}
     for column in columns:
         numbers = [float(row[column]) for row in values.values() if isinstance(row.get(column), int | float)]
-        if numbers and column != "n" and len(set(numbers)) > 1:
+        if numbers and column not in COUNTS and len(set(numbers)) > 1:
             best[column] = min(numbers) if re.fullmatch(SMALLER_IS_BETTER, column) else max(numbers)
     tables = []
     for families in (*((name,) for name in FAMILIES[:4]), FAMILIES[4:]):

@@ -11,6 +11,7 @@ a run is counted, has no part in the means, and is not begun again.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -94,8 +95,8 @@ def sweep(
                 code = runner(["train", recipe, "--run-dir", str(folder), *arguments, "--seed", str(seed)])
                 if not has_diverged(folder) and (code != 0 or not is_finished(folder)):
                     raise RunError(f"{folder}: the run ended with exit code {code} and is not finished")
-    every = {folder.name: point(folder) for folder in sorted(run_dir.iterdir()) if any(folder.glob("seed-*"))}
-    write_summary(run_dir, over, every)
+    folders = sorted((folder for folder in run_dir.iterdir() if any(folder.glob("seed-*"))), key=_place)
+    write_summary(run_dir, over, {folder.name: point(folder) for folder in folders})
     asked = {name: point(run_dir / name, seeds) for name in points}
     return {"recipe": recipe, "over": over, "points": asked, **asked[list(points)[-1]]}
 
@@ -127,6 +128,15 @@ def _override(text: str) -> list[str]:
 def point_name(over: str, value: str) -> str:
     """Name of a point's folder."""
     return re.sub(r"[^\w.=-]", "_", f"{over}={value}") if over else ONLY
+
+
+def _place(folder: Path) -> tuple[float, str]:
+    """Where a point's folder stands among the others: numbers by their size, then words."""
+    value = folder.name.rpartition("=")[2]
+    try:
+        return float(value), folder.name
+    except ValueError:
+        return math.inf, folder.name
 
 
 def is_finished(folder: Path) -> bool:
@@ -179,7 +189,10 @@ def write_summary(run_dir: Path, over: str, points: Mapping[str, Mapping[str, An
         "job": "sweep",
         "over": over,
         "interrupted": False,
-        "stages": {name: {**one["mean"], "n": int(one["mean"].get("n", 0))} for name, one in points.items()},
+        "stages": {
+            name: {**one["mean"], "n": int(one["mean"].get("n", 0)), "runs": one["runs"], "diverged": one["diverged"]}
+            for name, one in points.items()
+        },
         "sweep": points,
     }
     write_text(run_dir / SUMMARY, json.dumps(content, indent=2) + "\n")

@@ -84,7 +84,16 @@ def test_critics_that_diverge_are_counted_and_not_run_again(tmp_path: Path) -> N
     jsonschema.Draft202012Validator(schema).validate(answer)
     assert answer["points"]["laac.alpha=0"] == {"runs": 0, "diverged": 2, "mean": {}, "std": {}}
     assert (answer["points"]["laac.alpha=3"]["runs"], answer["points"]["laac.alpha=3"]["diverged"]) == (2, 0)
-    assert "laac.alpha=3" in render(tmp_path)
+    page = render(tmp_path)
+    assert "laac.alpha=3" in page
+    assert ">diverged</th>" in page
+
+
+def test_points_stand_in_the_order_of_their_values(tmp_path: Path) -> None:
+    asked = {"over": "laac.alpha", "values": ("10", "3", "0.5"), "seeds": (1,)}
+    sweep("laac", tmp_path, runner=FakeTraining(), **asked)  # type: ignore[arg-type]
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert list(stages) == ["laac.alpha=0.5", "laac.alpha=3", "laac.alpha=10"]
 
 
 def test_seeds_alone_are_one_point(tmp_path: Path) -> None:
