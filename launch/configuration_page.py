@@ -84,7 +84,7 @@ ENVIRONMENT = """## Environment variables
 | `WINDLASS_FAULT` | `POINT:N` kills a process at a named point; see [fault points](training.md#fault-points) |
 | `WINDLASS_PACKAGE_DIGEST` | `unchecked` switches off the check that workers import the driver's packages |
 | `WINDLASS_REQUIRE` | parts (`vllm,deepspeed,ray,trl,obp,shared-data`) whose absence fails tests, not skips them |
-| `RAY_AUTH_MODE` | Ray's own; its default works without any preparation |
+| `RAY_AUTH_MODE` | Ray's default works for a cluster started here; others want `token`, or `cluster.unauthenticated` |
 | `PYTHON` | the interpreter `make` creates `.venv` with, when it is not `python3.11` or `python3` |
 """
 

@@ -61,7 +61,8 @@ class EvalCommand(Settings):
     """Evaluate a model of ranked lists, for each need; of the other arguments `scores`, `feedback`, `published`,
     `unconstrained-rows`, `history` and `exclude-seen` mean nothing then."""
     trust_code: bool = False
-    """With `--lists`: import the gains (`package.module:function`) that the model's `prompt.json` names."""
+    """With `--lists`: import the gains (`package.module:function`) and the retriever that the model's `prompt.json`
+    names."""
     ranking: RankingSettings = RankingSettings()
     """How lists are answered, and what is held beside them."""
     base: str | None = None
@@ -90,6 +91,8 @@ def eval_command(
         return evaluate_lists_command(arguments, dataset)
     if arguments.save is not None:
         raise RequestError("--save", arguments.save, "none without --lists: jobs keep the rows of single items")
+    if arguments.trust_code:
+        raise RequestError("--trust-code", True, "false without --lists: a model of single items names no code")
     published = None if arguments.published is None else published_rows(arguments.published, dataset.name)
     which = EvaluationRows(
         split=arguments.split,

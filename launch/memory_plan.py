@@ -148,8 +148,7 @@ def learner_plan(
     }
     if reference:
         device["reference"] = size.whole * width
-    if width == 2:
-        device["float32 twin (noise)"] = size.whole * 4
+    device["twin in a wider type (noise)"] = size.whole * 2 * width
     host = {"optimiser states": states} if settings.offload_optimiser else {}
     if not settings.offload_optimiser:
         device["optimiser states"] = states

@@ -27,7 +27,7 @@ from rollout.buckets import ALIGNMENT, HEADER_BYTES, plan_buckets
 from rollout.kept_push import KeptBuckets, kept_path
 from rollout.movers import Deadline, Endpoint, MoverKind, MoverRequest
 from rollout.peers import Peer
-from rollout.probe import Gap, GapAlarm, Probe, ProbeAnswer, check_gap, gap_limit, probe_gap
+from rollout.probe import FLOAT32_GAP, Gap, GapAlarm, Probe, ProbeAnswer, check_gap, gap_limit, probe_gap
 from rollout.push_failures import Blame, PushError, PushFailure, gather
 from rollout.receiving import PushFault, PushMessage, Receipt
 
@@ -111,8 +111,8 @@ class WeightChannel:
     """Pushes from one learner to the engines.
 
     The learner is a peer with the methods `describe_weights() -> (specs, aliases)`, `open_push(MoverRequest) ->
-    Endpoint`, `send_push(PushMessage) -> Receipt` and `answer_probe(Probe) -> ProbeAnswer`; engines are peers with
-    those of `rollout.receiving.ReceivingEngine` and `score(prompts, completions)`.
+    Endpoint`, `send_push(PushMessage) -> Receipt`, `answer_probe(Probe) -> ProbeAnswer` and `probe_noise(Probe) ->
+    Gap`; engines are peers with those of `rollout.receiving.ReceivingEngine` and `score(prompts, completions)`.
     """
 
     settings: ChannelSettings
@@ -314,9 +314,11 @@ class WeightChannel:
         calls[self.source.name] = self.source.submit("answer_probe", self.probe)
         scores = gather(version, calls, deadline)
         answer: ProbeAnswer = scores.pop(self.source.name)
-        if answer.noise is None and not all(
-            probe_gap(logp, answer.logp).within(gap_limit(self.dtype, None)) for logp in scores.values()
-        ):
+        largest = max((probe_gap(logp, answer.logp).max for logp in scores.values()), default=0.0)
+        # Who comes later is judged by the same answer, when the learner cannot be asked any more.
+        measured = FLOAT32_GAP if self.keep is None else 0.25 * FLOAT32_GAP
+        if answer.noise is None and not largest <= measured:
+            deadline = Deadline(self.settings.probe_deadline_s)
             answer = replace(answer, noise=self._ask_source(version, "probe_noise", self.probe, deadline=deadline))
         return *self._compare(version, scores, answer), answer
 

@@ -301,8 +301,8 @@ class RolloutFleet:
             else:
                 self.health.answered(engine_id, engine.incarnation, now)
         for engine_id in self.health.tick(time.monotonic()):
-            self.joining.pop(engine_id, None)
-            self.losses[LossReason.NOT_UP] += 1
+            if self.joining.pop(engine_id, None) is not None:
+                self.losses[LossReason.NOT_UP] += 1
 
     def recover(self) -> list[str]:
         """Before a push: ask who is under suspicion, take in who is up; returns who is dead for good.
@@ -324,7 +324,7 @@ class RolloutFleet:
                 self.health.answered(engine_id, incarnation, time.monotonic())
         while self.joining and not self.health.named(EngineState.HEALTHY, EngineState.STALE):
             launched = min(self.health.engines[name].since for name in self.joining)
-            patience = launched + self.settings.start_deadline_s - time.monotonic()
+            patience = launched + self.health.start_deadline_s - time.monotonic()
             ray.wait(list(self.joining.values()), timeout=max(0.0, patience))
             self.take_in()
         return self.health.named(EngineState.DEAD)

@@ -95,7 +95,7 @@ class Outbox:
 class ModuleSource:
     """The learner's methods of the weight channel for a whole Hugging Face model in this process.
 
-    A sharded learner offers the same four methods on every rank; see `WeightChannel`.
+    A sharded learner offers the same methods on every rank; see `WeightChannel`.
     """
 
     def __init__(self, model: torch.nn.Module, *, wire_dtype: str | None = None) -> None:

@@ -149,7 +149,7 @@ def _parse(path: Path, table: pa.Table, catalogue_digest: str) -> tuple[list[Pro
         for name, kind in _GROUP_ARRAYS.items()
     }
     spec = dict(head["spec"])
-    if spec["lists"] is not None:
+    if spec.get("lists") is not None:
         spec["lists"] = ListSpec(**spec["lists"])
         ranked = table.select([f"prompt_{name}" for name in _RANKED_PROMPTS]).to_pylist()
         prompts = [_ranked(prompt, row) for prompt, row in zip(prompts, ranked, strict=True)]

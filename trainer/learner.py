@@ -82,7 +82,7 @@ class Learner:
         # Frozen weights need no float32 masters.
         lm = load_language_model(self.hf_dir, self._dtype if settings.lora.on else torch.float32)
         self._lm = lm
-        self._twin = WiderTwin(lm)
+        self._twin = WiderTwin(lm, self._dtype)
         self._describe = describe_module(lm, str(self._dtype).removeprefix("torch."))
         self._weight_names = [name for name, _ in lm.named_parameters()]
         self._adapter = Adapter(lm, settings.lora, code_rows(self.hf_dir)) if settings.lora.on else None

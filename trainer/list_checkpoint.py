@@ -130,15 +130,28 @@ def open_list_model(path: Path, dataset: Dataset, which: ListRows) -> ListModel:
     card = PromptCard.read(hf_dir)
     if not card.lists.on:
         raise RequestError("--lists", f"{hf_dir} recommends single items", "a model that was trained with lists.needs")
-    for need in card.lists.needs:
-        if need.gain and not which.trust_code:
-            found = f"need {need.name} names the code {need.gain} as its gain"
-            raise RequestError(str(hf_dir / FILE), found, "built-in gains, or --trust-code for code that you know")
+    if not which.trust_code:
+        _refuse_code(card.lists, hf_dir / FILE)
     builder = card.builder(catalogue, hf_dir)
     text = builder if isinstance(builder, TextPromptBuilder) else None
     data = ListData.open(dataset, catalogue, card.lists, prompt_settings(card, dataset), text)
     asked = {need.name: data.evaluation(which.split, need.name, which.rows, which.seed) for need in card.lists.needs}
     return ListModel(hf_dir=hf_dir, catalogue=catalogue, card=card, asked=asked)
+
+
+def _refuse_code(lists: ListSettings, card: Path) -> None:
+    """Refuse to import what a model names, which may be anybody's.
+
+    Raises:
+        RequestError: names it.
+    """
+    legal = "built-in gains and ranker folders, or --trust-code for code that you know"
+    for need in lists.needs:
+        if need.gain:
+            raise RequestError(str(card), f"need {need.name} names the code {need.gain} as its gain", legal)
+    retriever = lists.retriever
+    if retriever is not None and not (retriever.is_dir() or retriever.suffix == ".onnx"):
+        raise RequestError(str(card), f"names the retriever {retriever}, which is no folder here", legal)
 
 
 def evaluate_lists(

@@ -262,8 +262,10 @@ class RlLoop(TrainingLoop):
         shorter = self.job.learner.dtype is not Precision.FLOAT32
         due = self.state.noise is None or (step - 1) % settings.noise_every == 0
         # A batch may be noisier than the one that was measured last: only its own noise sounds the alarm.
+        # Groups of earlier weights differ from the learner by its updates; their versions are checked instead.
+        alarms = self.checks_gap and not self.job.max_staleness
         noise = self.state.noise
-        if (shorter and due) or not gap.within(self._gap_limit(noise)):
+        if (shorter and due) or (alarms and settings.limit is None and not gap.within(self._gap_limit(noise))):
             noise = self.learners.noise(completions, self.job.rollout.temperature, scores.logp_PGT)
             if shorter:
                 self.state = dataclasses.replace(self.state, noise=noise)
@@ -271,8 +273,6 @@ class RlLoop(TrainingLoop):
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
-            # Groups of earlier weights differ from the learner by its updates; their versions are checked instead.
-            alarms = self.checks_gap and not self.job.max_staleness
             if alarms and settings.action is GapAction.STOP:
                 self.save_last_good()
                 raise

@@ -117,11 +117,17 @@ class Stretch:
 class WiderTwin:
     """A policy of the same shape that computes in a wider type with weights it is given, and holds none itself.
 
-    The type is float32 for a policy in a shorter one, and float64 for one in float32.
+    In float32 for a policy in a shorter type; for one in float32 in float64, but for the softmax over places, which
+    `trainer.tree_attention` and the scores have in float32 always.
     """
 
-    def __init__(self, lm: PreTrainedModel) -> None:
-        self._dtype = torch.float64 if lm.dtype == torch.float32 else torch.float32
+    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype) -> None:
+        """
+        Args:
+            lm: gives the shape.
+            dtype: that the policy computes in.
+        """
+        self._dtype = torch.float64 if dtype == torch.float32 else torch.float32
         weightless: dict[int, Any] = {
             id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             for parameter in lm.parameters()

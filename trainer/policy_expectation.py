@@ -108,34 +108,39 @@ def expectation(
 
 
 class FixedPolicy:
-    """`softmax(query . key)` as others see it: computed once, without gradient."""
+    """`softmax(query . key)` as others see it, without gradient; computed when the first of them asks."""
 
     def __init__(self, query_BD: Tensor, key_ND: Tensor, *, chunk: int = 16_384) -> None:
         """
         Args:
             query_BD: of the policy's states.
             key_ND: of the items.
-            chunk: items at once; the probabilities of a catalogue of no more are kept, those of another one are
-                computed again for each who asks.
+            chunk: items at once. The probabilities of a catalogue of no more are kept; of a larger one the log
+                partitions are, and each who asks computes the probabilities from them.
         """
-        self._query_BD, self._key_ND, self._chunk = query_BD.detach(), key_ND.detach(), chunk
+        self._query_BD, self._key_ND, self.chunk = query_BD.detach(), key_ND.detach(), chunk
         self._whole_BN: Tensor | None = None
         self._lse_B: Tensor | None = None
-        with torch.no_grad():
-            if len(key_ND) <= chunk:
+
+    @torch.no_grad()
+    def _known(self) -> tuple[Tensor | None, Tensor | None]:
+        if len(self._key_ND) <= self.chunk:
+            if self._whole_BN is None:
                 self._whole_BN = (self._query_BD @ self._key_ND.T).softmax(1)
-            else:
-                self._lse_B, _ = expectation(self._query_BD, self._key_ND, chunk=chunk)
+        elif self._lse_B is None:
+            self._lse_B, _ = expectation(self._query_BD, self._key_ND, chunk=self.chunk)
+        return self._whole_BN, self._lse_B
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Items, and their probabilities `[B, C]`."""
-        if self._whole_BN is not None:
-            yield slice(None), self._whole_BN
+        whole_BN, lse_B = self._known()
+        if whole_BN is not None:
+            yield slice(None), whole_BN
             return
-        assert self._lse_B is not None
-        for first in range(0, len(self._key_ND), self._chunk):
-            part = slice(first, first + self._chunk)
-            yield part, (self._query_BD @ self._key_ND[part].T).sub_(self._lse_B[:, None]).exp_()
+        assert lse_B is not None
+        for first in range(0, len(self._key_ND), self.chunk):
+            part = slice(first, first + self.chunk)
+            yield part, (self._query_BD @ self._key_ND[part].T).sub_(lse_B[:, None]).exp_()
 
     def means(self, *values_NV: Tensor) -> list[Tensor]:
         """`[B, width]` of each value: sum_i p_i value_i, with gradients to the values."""
@@ -192,7 +197,7 @@ class _Value(torch.autograd.Function):
             worth_BC = state_BD @ value_ND[part].T
             value_B += torch.linalg.vecdot(weight_BC, worth_BC)
         # What one piece is worth is kept like its probabilities.
-        ctx.worth_BN = worth_BC if len(value_ND) <= policy._chunk else None
+        ctx.worth_BN = worth_BC if len(value_ND) <= policy.chunk else None
         ctx.policy = policy
         ctx.save_for_backward(query_BD, key_ND, state_BD, value_ND, value_B)
         return value_B

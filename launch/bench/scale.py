@@ -52,6 +52,8 @@ class ScaleBench(StepBench):
     """Measured steps, after one of warm-up."""
     address: str | None = None
     """Address of a running Ray cluster; none takes RAY_ADDRESS, or starts one on this machine."""
+    unauthenticated: bool = False
+    """Join a cluster that takes calls without a token."""
 
     def pairs(self) -> list[tuple[int, int]]:
         """(engines, learner ranks) of each measurement.
@@ -82,7 +84,8 @@ def scale_bench_command(
     """Time whole steps with more and more engines and learners."""
     pairs = settings.pairs()
     cards = settings.device is Device.CUDA
-    with bench_model(settings) as model, cluster(ClusterSettings(address=settings.address)):
+    place = ClusterSettings(address=settings.address, unauthenticated=settings.unauthenticated)
+    with bench_model(settings) as model, cluster(place):
         runs = [measure(settings, model, engines, learners, cards=cards) for engines, learners in pairs]
     first = runs[0]
     for run in runs:

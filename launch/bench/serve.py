@@ -73,6 +73,8 @@ class ServeBench(BenchSettings):
     """Clients that ask at the same time, each again as soon as it is answered."""
     requests: int = Field(256, ge=1)
     """Requests of one repetition."""
+    unauthenticated: bool = False
+    """Join a cluster that takes calls without a token."""
     items: int = Field(1, ge=1, le=1024)
     """Items of an answer."""
     serve: Serving = Serving.SAMPLE
@@ -158,7 +160,7 @@ def running(settings: ServeBench, model: BenchModel, folder: Path) -> Iterator[s
     )
     threads = max(1, settings.threads // settings.engines)
     rollout = RolloutSettings(dtype=settings.dtype, engines=settings.engines, threads=threads)
-    with cluster(ClusterSettings()):
+    with cluster(ClusterSettings(unauthenticated=settings.unauthenticated)):
         service = RecommendService.start(
             folder / "registry", folder / "log", serving, serving_engines(rollout, serving, width=settings.items)
         )

@@ -147,9 +147,18 @@ def test_code_that_a_model_names_is_not_imported(
     command = ["eval", str(foreign), "--data", str(dataset.path), "--lists", "--rows", "4"]
     assert run(command) == 2
     said = capsys.readouterr().err
-    assert "names the code planted:gain as its gain; legal: built-in gains, or --trust-code" in said
+    assert "names the code planted:gain as its gain; legal: built-in gains and ranker folders, or --trust-code" in said
     assert run([*command, "--trust-code"]) == 2
     assert "it was imported" in capsys.readouterr().err
+    card["lists"]["needs"][0]["gain"] = ""
+    card["lists"] |= {"source": "retrieved", "retriever": "planted:Ranker"}
+    (foreign / "prompt.json").write_text(json.dumps(card))
+    assert run(command) == 2
+    assert "names the retriever planted:Ranker, which is no folder here" in capsys.readouterr().err
+    assert run([*command, "--trust-code"]) == 2
+    assert "it was imported" in capsys.readouterr().err
+    assert run([*command[:4], "--trust-code"]) == 2
+    assert "--trust-code: True; legal: false without --lists" in capsys.readouterr().err
 
 
 def test_a_model_of_single_items_has_no_lists(

@@ -370,11 +370,14 @@ def test_nobody_waits_for_who_comes_up_while_others_are(ray_here: Any, catalogue
     assert fleet.health.named(EngineState.STALE)
 
     # One that does not come up is dead at its deadline; with nobody else, that is waited for.
-    fleet.settings, fleet.delay_s = patient.model_copy(update={"start_deadline_s": 1.0}), 60.0
+    fleet.health.start_deadline_s, fleet.delay_s = 1.0, 60.0
     for name in ("reference-0", "reference-1"):
         fleet.relaunch(name)
+    before = time.monotonic()
     assert sorted(fleet.recover()) == ["reference-0", "reference-1"]
+    assert time.monotonic() - before < 30.0
     assert {engine.reason for engine in fleet.health.engines.values()} == {LossReason.NOT_UP}
+    assert fleet.losses[LossReason.NOT_UP] == 2
     fleet.close()
 
 

@@ -202,6 +202,12 @@ def test_export_loads(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
 
 
+def group_twin(group: Any) -> torch.dtype:
+    """The type that a local group's learner measures its noise in."""
+    twin: torch.dtype = group._local._twin._dtype
+    return twin
+
+
 def test_scores_of_a_rank_and_noise(model: Path) -> None:
     from trainer.learner_group import LearnerGroup
     from trainer.settings import LearnerSettings
@@ -214,6 +220,7 @@ def test_scores_of_a_rank_and_noise(model: Path) -> None:
         outputs[dtype] = group.score(completions, 0.7)
         noise = group.noise(completions, 0.7, group.score(completions, 0.7).logp_PGT)
         gap = np.abs(outputs[dtype].logp_PGT - outputs["float32"].logp_PGT)[completions.token_mask_PGT]
+        assert group_twin(group) == {"float32": torch.float64, "bfloat16": torch.float32}[dtype]
         if dtype == "float32":
             assert 0 < noise["mean"] < noise["max"] < 2e-5
         else:  # the twin holds the rounded weights, so its gap is not exactly the one to the unrounded model

@@ -362,6 +362,44 @@ def test_a_withheld_push_stops_the_run_within_a_step(world: World) -> None:
     assert 1 in host_of(loop).saved
 
 
+@pytest.mark.parametrize(("noise", "stops"), [(2e-4, False), (2e-5, True)])
+def test_a_gap_in_float32_is_judged_by_the_learners_own_noise(world: World, noise: float, stops: bool) -> None:
+    """The engine is off by 3e-4 in step 2, which sharp logits are; a fake says how much of it is rounding."""
+    loop = world.build(f"sharp-{stops}")
+    rollouts = loop.rollouts
+    assert rollouts is not None
+    generate, asked = rollouts.generate, []
+
+    def off(prompts: Sequence[Prompt], spec: DecodeSpec) -> Groups:
+        groups = generate(prompts, spec)
+        return dataclasses.replace(groups, logp_PGT=groups.logp_PGT + np.float32(3e-4)) if spec.step == 2 else groups
+
+    def measured(*_: object) -> dict[str, float]:
+        asked.append(loop.state.step)
+        return {"mean": noise, "max": noise}
+
+    rollouts.generate = off  # type: ignore[method-assign]
+    loop.learners.noise = measured  # type: ignore[method-assign]
+    if stops:
+        with pytest.raises(GapAlarm, match="policy gap of step 2"):
+            loop.run()
+    else:
+        loop.run()
+        steps = host_of(loop).steps
+        assert steps[2]["policy_gap/limit_mean"] == steps[2]["policy_gap/noise_mean"] * 2 == pytest.approx(2 * noise)
+        assert "policy_gap/noise_mean" not in steps[1].keys() | steps[3].keys()
+        assert steps[3]["policy_gap/limit_mean"] == 1e-4
+    assert asked == [1], "the noise is measured where it must be"
+    assert loop.state.noise is None
+
+
+def test_groups_of_earlier_weights_are_not_measured(world: World) -> None:
+    loop = world.build("ahead-noise", **stale(world, 1))
+    loop.learners.noise = lambda *_: pytest.fail("the gap holds updates, which no noise explains")  # type: ignore
+    loop.run()
+    assert host_of(loop).steps[3]["policy_gap/max"] > 1e-4
+
+
 class FailingRewards(RewardScorer):
     """A fake: rewards that fail for every group from a step on."""
 
