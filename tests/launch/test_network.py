@@ -58,15 +58,17 @@ def cluster() -> Iterator[RayHosts]:
     with ray_hosts(3) as made:
         # One CPU each, so that one engine is on the head and the other on the second host.
         made.start(HEAD, cpus=1, marks={"engines": 1})
-        wait_until(
-            lambda: "Ray runtime started" in (made.folder / "node-0.log").read_text(),
-            "head",
-            seconds=150,
-            told=made.told,
-        )
+        await_node(made, HEAD)
         made.start(ENGINES, cpus=1, marks={"engines": 1})
         made.start(LEARNER, cpus=1, marks={"learners": 1})
+        for number in (ENGINES, LEARNER):
+            await_node(made, number)
         yield made
+
+
+def await_node(hosts: RayHosts, number: int) -> None:
+    log = hosts.folder / f"node-{number}.log"
+    wait_until(lambda: "Ray runtime started" in log.read_text(), log.name, seconds=150, told=hosts.told)
 
 
 def step_of(run: Path) -> int:
