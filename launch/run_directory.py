@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from data.errors import RequestError
-from launch.config import read_recipe, to_mapping, to_yaml
+from launch.config import job_from, read_recipe, to_mapping, to_yaml
 from trainer.durable import write_text
 from trainer.jobs import Job
 
@@ -181,6 +181,8 @@ def has_begun(path: Path) -> bool:
 def refuse_other_experiment(config: Path, wanted: Mapping[str, Any], *, known: bool = False) -> None:
     """Refuse to continue a run with a key that makes it another experiment.
 
+    A setting that the run's version did not have counts as its default, so that runs outlive an update of windlass.
+
     Args:
         config: of the run.
         wanted: the configuration that is asked for.
@@ -189,7 +191,7 @@ def refuse_other_experiment(config: Path, wanted: Mapping[str, Any], *, known: b
     Raises:
         RequestError: names the first such key with both values.
     """
-    before = dict(leaves(read_recipe(config)))
+    before = dict(leaves(_as_read_now(read_recipe(config))))
     after = dict(leaves(wanted))
     names = [n for n in after if n in before] if known else [*after, *(n for n in before if n not in after)]
     for name in names:
@@ -199,6 +201,14 @@ def refuse_other_experiment(config: Path, wanted: Mapping[str, Any], *, known: b
                 f"{after.get(name)!r}, but the run in {config.parent} was started with {before.get(name)!r}",
                 "the same value, or another --run-dir",
             )
+
+
+def _as_read_now(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's configuration with every setting of today; as it is where today refuses it, to be named key by key."""
+    try:
+        return to_mapping(job_from(content))
+    except RequestError:
+        return content
 
 
 def _may_change(name: str) -> bool:

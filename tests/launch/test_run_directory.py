@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data.errors import RequestError
 from data.faults import fault_point, parse_fault
@@ -61,6 +62,22 @@ def test_another_experiment_is_refused_but_limits_may_change(tmp_path: Path) -> 
         RunDirectory.open(tmp_path, job_from(RECIPE, ["--learner.lr", "0.5"]))
     # A refused start leaves the folder free and its configuration as it was.
     RunDirectory.open(tmp_path, job_from(RECIPE)).close()
+
+
+def test_a_setting_that_came_since_counts_as_its_default(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
+    RunDirectory.open(tmp_path, job_from(RECIPE)).close()
+    config = tmp_path / "config.yaml"
+    written = yaml.safe_load(config.read_text())
+    assert written["learner"].pop("grad_clip") is not None
+    config.write_text(yaml.safe_dump(written))
+    with pytest.raises(RequestError, match=r"learner\.grad_clip: 0\.5, but the run in .* was started with 1\.0"):
+        RunDirectory.open(tmp_path, job_from(RECIPE, ["--learner.grad_clip", "0.5"]))
+    RunDirectory.open(tmp_path, job_from(RECIPE)).close()
+    # One that is gone is named.
+    config.write_text(yaml.safe_dump(written | {"learner": written["learner"] | {"grad_clip": 1.0, "forgotten": 3}}))
+    with pytest.raises(RequestError, match=r"learner\.forgotten: None, but the run in .* was started with 3"):
+        RunDirectory.open(tmp_path, job_from(RECIPE))
 
 
 def test_scores_of_one_run_stay_comparable(tmp_path: Path) -> None:
