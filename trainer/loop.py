@@ -32,7 +32,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.catalogue import Catalogue
 from data.errors import RunError
@@ -44,7 +43,7 @@ from reward.failures import FailureTracker
 from reward.names import StepMetric, count_by_reason
 from reward.scoring import ITEM_MATCH, RewardScorer
 from rollout.fleet import RolloutFleet
-from rollout.probe import Gap, GapAlarm, check_gap, gap_limit, policy_gap
+from rollout.probe import GapAlarm, check_gap, policy_gap
 from trainer.batch_signals import (
     Extended,
     FeedbackRows,
@@ -57,6 +56,7 @@ from trainer.batch_signals import (
 from trainer.collection import Batch, Collector, Rollouts, read_batches, write_batch
 from trainer.completion_scores import ScoreOutputs
 from trainer.data_checks import completion_tokens
+from trainer.gap_limit import gap_metrics, step_limit
 from trainer.gate import RankerScores
 from trainer.gate_scores import gate_scores
 from trainer.given_scores import compared_tokens, given_items
@@ -256,39 +256,28 @@ class RlLoop(TrainingLoop):
         self, step: int, compared: tuple[FloatArray, BoolArray, int], completions: Completions, scores: ScoreOutputs
     ) -> Metrics:
         """Compare what the engine returned with the learner's score; stop before the update when they differ."""
-        settings = self.job.policy_gap
+        settings, dtype = self.job.policy_gap, self.job.learner.dtype
         engine_PGT, mask_PGT, given = compared
         gap = policy_gap(engine_PGT, scores.logp_PGT, mask_PGT)
-        shorter = self.job.learner.dtype is not Precision.FLOAT32
+        shorter = dtype is not Precision.FLOAT32
         due = self.state.noise is None or (step - 1) % settings.noise_every == 0
         # A batch may be noisier than the one that was measured last: only its own noise sounds the alarm.
         # Groups of earlier weights differ from the learner by its updates; their versions are checked instead.
         alarms = self.checks_gap and not self.job.max_staleness
         noise = self.state.noise
-        if (shorter and due) or (alarms and settings.limit is None and not gap.within(self._gap_limit(noise))):
+        measures = alarms and settings.limit is None
+        if (shorter and due) or (measures and not gap.within(step_limit(settings, dtype.value, noise))):
             noise = self.learners.noise(completions, self.job.rollout.temperature, scores.logp_PGT)
             if shorter:
                 self.state = dataclasses.replace(self.state, noise=noise)
-        limit = self._gap_limit(noise)
+        limit = step_limit(settings, dtype.value, noise)
         try:
             check_gap(gap, limit, f"policy gap of step {step}")
         except GapAlarm:
             if alarms and settings.action is GapAction.STOP:
                 self.save_last_good()
                 raise
-        metrics = {"policy_gap/mean": gap.mean, "policy_gap/max": gap.max, "policy_gap/limit_mean": limit.mean}
-        metrics["policy_gap/given_share"] = given / max(gap.tokens, 1)
-        if noise is not None:
-            metrics |= {f"policy_gap/noise_{kind}": value for kind, value in noise.items()}
-        return metrics
-
-    def _gap_limit(self, noise: Mapping[str, float] | None) -> Gap:
-        """The limit by the noise that was measured last, or the one that was set."""
-        settings = self.job.policy_gap
-        if settings.limit is not None:
-            return Gap(mean=settings.limit, max=torch.inf)
-        measured = None if noise is None else Gap(mean=noise["mean"], max=noise["max"])
-        return gap_limit(self.job.learner.dtype.value, measured, settings.noise_factor)
+        return gap_metrics(gap, limit, given, noise)
 
     def _gate_scores(
         self, prompts: Sequence[Prompt], scored: ScoredGroups
