@@ -45,7 +45,7 @@ from trainer.policy import (
     token_scores,
     token_scores_in_stretches,
 )
-from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
+from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, take_part, uses_cuda
 from trainer.settings import LearnerSettings, Precision
 from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, sequence_pieces
 
@@ -330,8 +330,7 @@ class Learner:
         try:
             return self._outbox.send(message, tensors) if self.place.rank == 0 else None
         finally:
-            for _ in tensors:  # a push that failed half way must not leave the other ranks alone in a gather
-                pass
+            take_part(tensors)  # a push that failed half way must not leave the other ranks alone in a gather
 
     def _travelling(self) -> Iterator[tuple[str, Tensor]]:
         """What the weight channel carries, in the order of `describe_weights`."""
@@ -373,8 +372,7 @@ class Learner:
         if self.place.rank == 0:
             export_hf(folder, self._lm, self.whole_parameters(), self.hf_dir, self._dtype)
         else:
-            for _ in self.whole_parameters():
-                pass
+            take_part(self.whole_parameters())
 
     def export_adapter(self, folder: Path) -> None:
         """Write the trained adapter in PEFT's layout; all ranks gather, rank 0 writes.

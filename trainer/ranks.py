@@ -8,6 +8,8 @@ import gc
 import io
 import logging
 import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,3 +103,8 @@ def start_engine(module: nn.Module, optimiser: torch.optim.AdamW, settings: Lear
             return deepspeed.initialize(model=module, optimizer=optimiser, config=deepspeed_config(settings, ranks))[0]
     finally:
         gc.unfreeze()
+
+
+def take_part(gathers: Iterator[object]) -> None:
+    """Run through gathers for the sake of the other ranks, which need this one in each."""
+    deque(gathers, maxlen=0)
