@@ -186,7 +186,7 @@ def refuse_other_experiment(config: Path, wanted: Mapping[str, Any], *, known: b
     Args:
         config: of the run.
         wanted: the configuration that is asked for.
-        known: compare the keys alone that both have: a run that is finished may be of an earlier version.
+        known: leave out keys that are gone since: a run that is finished may be of an earlier version.
 
     Raises:
         RequestError: names the first such key with both values.

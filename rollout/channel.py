@@ -33,6 +33,8 @@ from rollout.receiving import PushFault, PushMessage, Receipt
 
 _PEER_SHARE = 0.8
 """Share of the deadline the two ends give themselves: their own words are better than our stopwatch."""
+KEPT_SHARE = 0.25
+"""Share of the float32 limit above which the noise of a push that is kept is measured."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -316,8 +318,8 @@ class WeightChannel:
         answer: ProbeAnswer = scores.pop(self.source.name)
         largest = max((probe_gap(logp, answer.logp).max for logp in scores.values()), default=0.0)
         # Who comes later is judged by the same answer, when the learner cannot be asked any more.
-        measured = FLOAT32_GAP if self.keep is None else 0.25 * FLOAT32_GAP
-        if answer.noise is None and not largest <= measured:
+        unmeasured = FLOAT32_GAP if self.keep is None else KEPT_SHARE * FLOAT32_GAP
+        if answer.noise is None and not largest <= unmeasured:
             deadline = Deadline(self.settings.probe_deadline_s)
             answer = replace(answer, noise=self._ask_source(version, "probe_noise", self.probe, deadline=deadline))
         return *self._compare(version, scores, answer), answer
