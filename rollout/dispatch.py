@@ -4,6 +4,10 @@
 |---------------------------|------------------|-----------------------------------------------------|
 | `run`, engines at work    | the first answer | an engine, its death, or `deadline_s`               |
 | `run`, nobody left to ask | `bring_back`     | its own deadlines; without one, the last failure    |
+| a call given ahead        | the one before   | the engine, which takes its calls one by one        |
+
+While there are plenty of calls an engine has one ahead of the one it works on, and does not stand still while its
+answer travels and `run` is with other engines. The seconds of a call begin where the one before it is answered.
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ class Dispatch:
     _unchecked: deque[int] = field(default_factory=deque)
     """Indices of results that nobody has looked at."""
     _running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
-    """Call under way → its index, its engine, when it is overdue."""
+    """Call that an engine works on → its index, its engine, when it is overdue."""
+    _ahead: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    """Engine → the call it has for when it is through with the one it works on, and that call's index."""
     _failed: dict[str, EngineFailure] = field(default_factory=dict)
     """Engines that are asked no more in this request."""
     _accused: dict[int, EngineFailure] = field(default_factory=dict)
@@ -74,6 +80,7 @@ class Dispatch:
         self._hand_out()
         if self.meanwhile is not None:
             self.meanwhile()
+        self._hand_out_ahead()
         while self._waiting or self._running:
             self._hand_out()
             if not self._running:
@@ -81,6 +88,7 @@ class Dispatch:
             elif ready := self._answered():
                 for reference in ready:
                     self._take_answer(reference)
+                self._hand_out_ahead()
             elif self._unchecked:
                 self._look()
             else:
@@ -102,9 +110,28 @@ class Dispatch:
         """Give an engine a call, where one waits and the engine may be asked."""
         if not self._waiting or engine_id in self._failed:
             return
+        self._works_on(engine_id, *self._send(engine_id))
+
+    def _hand_out_ahead(self) -> None:
+        """Give every engine at work another call, while there is more than one left for each.
+
+        Fewer are for whoever is through first: behind the call of a slow engine they would wait the longest.
+        """
+        engines = [engine_id for _, engine_id, _ in self._running.values() if engine_id not in self._ahead]
+        able = sum(name not in self._failed for name in self.health.named(EngineState.HEALTHY))
+        for engine_id in engines:
+            if len(self._waiting) <= able:
+                return
+            self._ahead[engine_id] = self._send(engine_id)
+
+    def _send(self, engine_id: str) -> tuple[Any, int]:
+        """Send an engine the next call; returns it with its index."""
         index = self._waiting.popleft()
         method, arguments, named = self.calls[index]
-        reference = getattr(self.engines[engine_id], method).remote(*arguments, **named)
+        return getattr(self.engines[engine_id], method).remote(*arguments, **named), index
+
+    def _works_on(self, engine_id: str, reference: Any, index: int) -> None:
+        """From now on the engine works on this call."""
         self._running[reference] = index, engine_id, time.monotonic() + self.deadline_s
 
     def _look(self) -> None:
@@ -131,7 +158,9 @@ class Dispatch:
         except EngineFailure as failure:
             self._lost(failure, index)
             return
-        if self.health.engines[engine_id].state is EngineState.HEALTHY:
+        if engine_id in self._ahead:
+            self._works_on(engine_id, *self._ahead.pop(engine_id))
+        elif self.health.engines[engine_id].state is EngineState.HEALTHY:
             self._give(engine_id)
         self._unchecked.append(index)
         self.shards[engine_id] += 1
@@ -148,8 +177,10 @@ class Dispatch:
     def _lost(self, failure: EngineFailure, index: int) -> None:
         """Put the call back in front and see who is to blame: the engine, or the call itself.
 
-        An engine that raised is to blame once another one answers the same call.
+        An engine that raised is to blame once another one answers the same call. What it has ahead it did not fail at.
         """
+        if failure.engine_id in self._ahead:
+            self._waiting.appendleft(self._ahead.pop(failure.engine_id)[1])
         self._waiting.appendleft(index)
         self._failed[failure.engine_id] = failure
         self._tries[index] += 1

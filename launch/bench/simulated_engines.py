@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,16 +40,18 @@ class EngineHost:
         self._bodies: dict[int, list[Groups]] = {}
         self._version = 0
         self._worked: list[tuple[float, float]] = []
+        self._at_work: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def generate(
         self, engine_id: str, shard: PromptShard, spec: DecodeSpec, *, exclude: bool | None = None
     ) -> Groups:
-        """Groups of random items after the latency, which counts from when the shard is there."""
-        begun = time.monotonic()
-        version = self._version
-        groups = self._groups(shard, spec, engine_id=engine_id, version=version)
-        await asyncio.sleep(max(0.0, begun + self._latency_s - time.monotonic()))
-        self._worked.append((begun, time.monotonic()))
+        """Groups of random items after the latency, which counts from when the shard is there and the engine free."""
+        async with self._at_work[engine_id]:
+            begun = time.monotonic()
+            version = self._version
+            groups = self._groups(shard, spec, engine_id=engine_id, version=version)
+            await asyncio.sleep(max(0.0, begun + self._latency_s - time.monotonic()))
+            self._worked.append((begun, time.monotonic()))
         return groups
 
     def _groups(self, shard: PromptShard, spec: DecodeSpec, *, engine_id: str, version: int) -> Groups:
@@ -147,7 +150,7 @@ class SimulatedFleet(RolloutFleet):
         count = -(-settings.engines // ENGINES_PER_PROCESS)
         shared = ray.put(catalogue)
         fleet.hosts = [
-            actor.options(num_cpus=0, max_concurrency=2 * ENGINES_PER_PROCESS).remote(latency_s, shared, seed)
+            actor.options(num_cpus=0, max_concurrency=4 * ENGINES_PER_PROCESS).remote(latency_s, shared, seed)
             for seed in range(count)
         ]
         for _ in range(settings.engines):
