@@ -66,7 +66,8 @@ class RolloutSettings(Settings):
     """Rows of the head that are multiplied under the constraint (vllm only): `all`, `level` (the tokens that can follow
     at a depth; the same log-probabilities for less work), or `auto` (`level` for large vocabularies)."""
     shard_size: int = Field(32, ge=1)
-    """Prompts an engine is handed at once; the free engine takes the next shard."""
+    """Prompts an engine is handed at once; the free engine takes the next shard, and while more than one is left for
+    each, an engine has one ahead."""
     prompts_per_forward: int = Field(64, ge=1)
     """Most prompts computed in one forward pass; fewer where `tokens_per_forward` demands it."""
     tokens_per_forward: int = Field(4096, ge=32)
@@ -95,7 +96,7 @@ class RolloutSettings(Settings):
     start_deadline_s: float = Field(300.0, gt=0)
     """Seconds an engine may take to come up."""
     deadline_s: float = Field(300.0, gt=0)
-    """Seconds a shard may take before the engine counts as lost."""
+    """Seconds a shard may take, from when its engine comes to it, before the engine counts as lost."""
 
     @model_validator(mode="after")
     def _invariant_where_it_exists(self) -> Self:
