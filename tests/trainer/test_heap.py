@@ -1,7 +1,7 @@
 """Contract: a process that was told so keeps the memory that it frees: blocks of megabytes that are allocated and freed
 again and again fault no pages in.
 
-Not checked here: what it is worth (docs/laac.md tells it for one step).
+Not checked here: what it is worth in seconds.
 """
 
 from __future__ import annotations
