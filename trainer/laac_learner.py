@@ -29,7 +29,7 @@ from trainer.laac_modules import Actor, Critics, PolicyView, Supervised, Terms
 from trainer.laac_settings import LaacSettings, Method
 from trainer.learner_state import OptimiserState, load_state, save_state
 from trainer.policy_expectation import FixedPolicy
-from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, uses_cuda
+from trainer.ranks import RankPlace, join_ranks, prepare_cpu, start_engine, uses_cuda
 
 TARGETS = "targets.safetensors"
 BETAS = (0.9, 0.999)
@@ -115,7 +115,7 @@ class LaacLearner:
         self._seed = seed
         learner = settings.learner()
         self._device = torch.device("cuda", self.place.local_rank) if uses_cuda(learner) else torch.device("cpu")
-        fix_threads(learner, self.place.ranks)
+        prepare_cpu(learner, self.place.ranks)
         join_ranks(learner, self.place)
         ranks = self.place.ranks
         with torch.random.fork_rng(devices=[]):

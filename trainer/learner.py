@@ -45,7 +45,7 @@ from trainer.policy import (
     token_scores,
     token_scores_in_stretches,
 )
-from trainer.ranks import RankPlace, fix_threads, join_ranks, start_engine, take_part, uses_cuda
+from trainer.ranks import RankPlace, join_ranks, prepare_cpu, start_engine, take_part, uses_cuda
 from trainer.settings import LearnerSettings, Precision
 from trainer.trees import Completions, Piece, TreeBatch, completion_pieces, sequence_pieces
 
@@ -76,7 +76,7 @@ class Learner:
         self._cuda = uses_cuda(settings)
         self._device = torch.device("cuda", self.place.local_rank) if self._cuda else torch.device("cpu")
         self._dtype = _DTYPES[settings.dtype]
-        fix_threads(settings, self.place.ranks)
+        prepare_cpu(settings, self.place.ranks)
         torch.manual_seed(seed)
         join_ranks(settings, self.place)
         # Frozen weights need no float32 masters.

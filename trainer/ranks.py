@@ -20,6 +20,7 @@ from torch import nn
 from data.errors import RunError
 from rollout.channel import LOOPBACK
 from rollout.collective_movers import address_towards
+from trainer.heap import keep_freed_memory
 from trainer.optimisation import deepspeed_config
 from trainer.settings import Device, LearnerSettings
 
@@ -41,9 +42,10 @@ def uses_cuda(settings: LearnerSettings) -> bool:
     return settings.device is Device.CUDA or (settings.device is Device.AUTO and torch.cuda.is_available())
 
 
-def fix_threads(settings: LearnerSettings, ranks: int) -> None:
-    """Set torch's threads: results depend on their number to the last bit."""
+def prepare_cpu(settings: LearnerSettings, ranks: int) -> None:
+    """Set torch's threads, on whose number results depend to the last bit, and keep freed memory; not with CUDA."""
     if not uses_cuda(settings):
+        keep_freed_memory()
         torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
