@@ -274,8 +274,11 @@ _COMMANDS_HEAD = ("| | commands | seed | commit | seconds |", "|---|---|---:|---
 
 
 def lookup(result: object, path: str) -> object:
-    """The value at `a.b.c`; names may hold an @ but no dot. None when it leads nowhere."""
+    """The value at `a.b.0.c`; names may hold an @ but no dot. None when it leads nowhere."""
     for part in path.split("."):
+        if isinstance(result, list) and part.isdecimal() and int(part) < len(result):
+            result = result[int(part)]
+            continue
         if not isinstance(result, Mapping) or part not in result:
             return None
         result = result[part]

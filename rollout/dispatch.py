@@ -1,22 +1,26 @@
-"""One request to a fleet: calls that go to whichever engine is free, and on to another one when an engine is lost.
+"""One request to a fleet: calls that go to whichever engine is free or soon will be, and on to another one when an
+engine is lost.
 
 | waits                     | for              | unblocked by                                        |
 |---------------------------|------------------|-----------------------------------------------------|
 | `run`, engines at work    | the first answer | an engine, its death, or `deadline_s`               |
 | `run`, nobody left to ask | `bring_back`     | its own deadlines; without one, the last failure    |
-| a call given ahead        | the one before   | the engine, which takes its calls one by one        |
+| a call given ahead        | the one before   | its answer; or its engine is lost, and another one  |
+|                           |                  | takes both                                          |
 
 While there are plenty of calls an engine has one ahead of the one it works on, and does not stand still while its
-answer travels and `run` is with other engines. The seconds of a call begin where the one before it is answered.
+answer travels and `run` is with other engines. The seconds of a call begin where the one before it is answered. An
+engine that is slower than the others has none ahead: the whole request would wait for it at the end.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import RunError
 from rollout.engine_calls import EngineFailure, engine_result
@@ -25,8 +29,21 @@ from rollout.fleet_health import EngineState, FleetHealth, LossReason
 MOST_TRIES = 3
 """Engines a shard may take down before it is the shard that is at fault."""
 
+MOST_USUAL = 2.0
+"""An engine has a call ahead when its last one took at most this many times the median of the engines."""
+
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Method, positional and named arguments."""
+
+
+class Work(NamedTuple):
+    """A call that an engine works on."""
+
+    call: int
+    """Index."""
+    engine_id: str
+    begun: float
+    overdue: float
 
 
 @dataclass(kw_only=True)
@@ -42,6 +59,8 @@ class Dispatch:
     """Seconds a call may take."""
     shards: Counter[str]
     """Calls answered, by engine; counted on."""
+    seconds: dict[str, float]
+    """What its last call took, by engine; kept up."""
     blame: Callable[[EngineFailure], None]
     """Told of every engine that is lost."""
     bring_back: Callable[[EngineFailure], None] | None
@@ -55,8 +74,8 @@ class Dispatch:
     _results: list[Any] = field(default_factory=list)
     _unchecked: deque[int] = field(default_factory=deque)
     """Indices of results that nobody has looked at."""
-    _running: dict[Any, tuple[int, str, float]] = field(default_factory=dict)
-    """Call that an engine works on → its index, its engine, when it is overdue."""
+    _running: dict[Any, Work] = field(default_factory=dict)
+    """Calls that engines work on."""
     _ahead: dict[str, tuple[Any, int]] = field(default_factory=dict)
     """Engine → the call it has for when it is through with the one it works on, and that call's index."""
     _failed: dict[str, EngineFailure] = field(default_factory=dict)
@@ -65,6 +84,10 @@ class Dispatch:
     """Call → the engine that raised on it, while no other engine has answered it."""
     _tries: Counter[int] = field(default_factory=Counter)
     """Failures by call."""
+    _alone: set[int] = field(default_factory=set)
+    """Calls that an engine died of or beside, which are not given ahead: the next loss shall tell which."""
+    _left: set[str] = field(default_factory=set)
+    """Engines that raised and still have a call before them that others were given."""
 
     def run(self) -> list[Any]:
         """Results of the calls, in their order.
@@ -101,7 +124,7 @@ class Dispatch:
         """Give every free engine a call."""
         if not self._waiting:
             return
-        busy = {engine_id for _, engine_id, _ in self._running.values()}
+        busy = {work.engine_id for work in self._running.values()}
         for engine_id in self.health.named(EngineState.HEALTHY):
             if engine_id not in busy:
                 self._give(engine_id)
@@ -113,16 +136,19 @@ class Dispatch:
         self._works_on(engine_id, *self._send(engine_id))
 
     def _hand_out_ahead(self) -> None:
-        """Give every engine at work another call, while there is more than one left for each.
+        """Give engines at work another call, while there is more than one left for each.
 
-        Fewer are for whoever is through first: behind the call of a slow engine they would wait the longest.
+        Fewer are for whoever is through first, and behind the call of a slow engine they would wait the longest.
         """
-        engines = [engine_id for _, engine_id, _ in self._running.values() if engine_id not in self._ahead]
         able = sum(name not in self._failed for name in self.health.named(EngineState.HEALTHY))
-        for engine_id in engines:
-            if len(self._waiting) <= able:
+        if len(self._waiting) <= able or not self.seconds:
+            return
+        most = MOST_USUAL * statistics.median(self.seconds.values())
+        for engine_id in [work.engine_id for work in self._running.values()]:
+            if len(self._waiting) <= able or self._waiting[0] in self._alone:
                 return
-            self._ahead[engine_id] = self._send(engine_id)
+            if engine_id not in self._ahead and self.seconds.get(engine_id, most + 1) <= most:
+                self._ahead[engine_id] = self._send(engine_id)
 
     def _send(self, engine_id: str) -> tuple[Any, int]:
         """Send an engine the next call; returns it with its index."""
@@ -131,8 +157,10 @@ class Dispatch:
         return getattr(self.engines[engine_id], method).remote(*arguments, **named), index
 
     def _works_on(self, engine_id: str, reference: Any, index: int) -> None:
-        """From now on the engine works on this call."""
-        self._running[reference] = index, engine_id, time.monotonic() + self.deadline_s
+        """From now on the engine works on this call; one more may still be before it."""
+        now = time.monotonic()
+        self._running[reference] = Work(index, engine_id, now, now + self.deadline_s * (1 + (engine_id in self._left)))
+        self._left.discard(engine_id)
 
     def _look(self) -> None:
         """Check one result; one at a time, because an engine that answers meanwhile waits for its next call."""
@@ -144,7 +172,7 @@ class Dispatch:
         """Calls that are answered; waits for one, up to the next deadline, where nothing else is to do."""
         import ray
 
-        soonest = min(deadline for _, _, deadline in self._running.values())
+        soonest = min(work.overdue for work in self._running.values())
         patience = 0.0 if self._unchecked else max(0.0, soonest - time.monotonic())
         calls = list(self._running)
         found = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
@@ -152,12 +180,13 @@ class Dispatch:
 
     def _take_answer(self, reference: Any) -> None:
         """Take an answer, and give its engine the next call."""
-        index, engine_id, _ = self._running.pop(reference)
+        index, engine_id, begun, _ = self._running.pop(reference)
         try:
             self._results[index] = engine_result(engine_id, reference, self.deadline_s, f"shard {index}")
         except EngineFailure as failure:
             self._lost(failure, index)
             return
+        self.seconds[engine_id] = time.monotonic() - begun
         if engine_id in self._ahead:
             self._works_on(engine_id, *self._ahead.pop(engine_id))
         elif self.health.engines[engine_id].state is EngineState.HEALTHY:
@@ -169,8 +198,8 @@ class Dispatch:
 
     def _take_overdue(self) -> None:
         """The call that is overdue first failed."""
-        reference = min(self._running, key=lambda one: self._running[one][2])
-        index, engine_id, _ = self._running.pop(reference)
+        reference = min(self._running, key=lambda one: self._running[one].overdue)
+        index, engine_id, *_ = self._running.pop(reference)
         what = f"no answer within rollout.deadline_s, {self.deadline_s} s"
         self._lost(EngineFailure(engine_id, what, LossReason.SILENT), index)
 
@@ -180,7 +209,12 @@ class Dispatch:
         An engine that raised is to blame once another one answers the same call. What it has ahead it did not fail at.
         """
         if failure.engine_id in self._ahead:
-            self._waiting.appendleft(self._ahead.pop(failure.engine_id)[1])
+            _, behind = self._ahead.pop(failure.engine_id)
+            self._waiting.appendleft(behind)
+            if failure.reason is LossReason.RAISED:
+                self._left.add(failure.engine_id)
+            elif failure.reason is LossReason.DIED:
+                self._alone |= {index, behind}
         self._waiting.appendleft(index)
         self._failed[failure.engine_id] = failure
         self._tries[index] += 1

@@ -1,14 +1,15 @@
 """The fleet: engines as Ray actors, requests cut into shards, and one answer in the order of the request.
 
-A shard is a fixed run of `shard_size` prompts, handed to whichever engine is free. What comes back does not depend on
-the engine (see `rollout.decoding`), so neither does the answer: the shard of an engine that dies, raises or falls
-silent goes to another one. Who may be asked is decided by `rollout.fleet_health`. Nothing waits for ever.
+A shard is a fixed run of `shard_size` prompts, handed to whichever engine is free or soon will be. What comes back does
+not depend on the engine (see `rollout.decoding`), so neither does the answer: the shard of an engine that dies, raises
+or falls silent goes to another one. Who may be asked is decided by `rollout.fleet_health`. Nothing waits for ever.
 
 | waits                    | for                         | unblocked by                                     |
 |--------------------------|-----------------------------|--------------------------------------------------|
 | a request                | see `rollout.dispatch`; who | its checks, or `weights.deadline_s` and          |
 |                          | is up takes what was kept   | `weights.probe_deadline_s` for each engine       |
-| `recover`, before a push | who is suspect              | an answer, or `PING_S`                           |
+| `recover`, before a push | who is suspect              | an answer, or `PING_S` and the seconds of a call |
+|                          |                             | that it may have had ahead                       |
 | `recover`, nobody is up  | the first engine that joins | an answer, or `rollout.start_deadline_s`         |
 | nobody                   | an engine that joins        | the first push that finds it up; or, before the  |
 |                          |                             | next request, what the last push left (`bring`)  |
@@ -56,6 +57,8 @@ class RolloutFleet:
     """`constraint.violations`: over all requests so far, by reason; must stay 0."""
     shards: Counter[str] = field(default_factory=Counter)
     """Shards answered, by engine."""
+    call_seconds: dict[str, float] = field(default_factory=dict)
+    """What the last call took, by engine; not of one that has answered none."""
     losses: Counter[LossReason] = field(default_factory=Counter)
     """Engines lost so far, by reason."""
     health: FleetHealth = field(init=False)
@@ -123,6 +126,7 @@ class RolloutFleet:
     def _launch(self, engine_id: str) -> Any:
         import ray
 
+        self.call_seconds.pop(engine_id, None)
         settings, place = self.settings, self.placement
         room = place.reserve(engine_id, [place.bundle(cpus=1, gpus=settings.gpus)])
         options = {
@@ -208,6 +212,7 @@ class RolloutFleet:
             health=self.health,
             deadline_s=self.settings.deadline_s,
             shards=self.shards,
+            seconds=self.call_seconds,
             blame=self._blame,
             bring_back=self.rejoin,
             meanwhile=self.meanwhile,
@@ -281,6 +286,7 @@ class RolloutFleet:
 
         ray.kill(self.engines.pop(engine_id))
         self.joining.pop(engine_id, None)
+        self.call_seconds.pop(engine_id, None)
         self.health.removed(engine_id)
         self.placement.release(engine_id)
 
@@ -315,8 +321,9 @@ class RolloutFleet:
         self.take_in()
         for engine_id in self.health.named(EngineState.SUSPECT):
             incarnation = self.incarnations()[engine_id]
+            patience = PING_S + self.call_seconds.get(engine_id, 0.0)
             try:
-                engine_result(engine_id, self.engines[engine_id].describe.remote(), PING_S, "coming back")
+                engine_result(engine_id, self.engines[engine_id].describe.remote(), patience, "coming back")
             except EngineFailure as failure:
                 self.health.died(engine_id, incarnation, failure.reason, time.monotonic())
                 self.losses[failure.reason] += 1

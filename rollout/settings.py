@@ -67,7 +67,7 @@ class RolloutSettings(Settings):
     at a depth; the same log-probabilities for less work), or `auto` (`level` for large vocabularies)."""
     shard_size: int = Field(32, ge=1)
     """Prompts an engine is handed at once; the free engine takes the next shard, and while more than one is left for
-    each, an engine has one ahead."""
+    each, an engine that is not slower than the others has one ahead."""
     prompts_per_forward: int = Field(64, ge=1)
     """Most prompts computed in one forward pass; fewer where `tokens_per_forward` demands it."""
     tokens_per_forward: int = Field(4096, ge=32)

@@ -23,7 +23,7 @@ from launch.config import RECIPES
 from launch.continual.replay_command import read_replay
 from launch.provenance import ROOT, commit
 from launch.result_plots import FrontierPlot, ResultPlot
-from launch.results import commands, is_made, markdown, measure, read_table, render
+from launch.results import commands, is_made, lookup, markdown, measure, read_table, render
 from launch.train_arguments import resolve, split_arguments
 
 TABLES = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -117,6 +117,20 @@ def test_a_difference_shows_its_interval() -> None:
     assert markdown({"columns": {"to SFT": "d"}, "rows": [row]}).splitlines()[-1] == (
         "| grpo | +0.0020 [-0.0026, +0.0071] |"
     )
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_no_column_is_empty(path: Path) -> None:
+    table = read_table(path)
+    results = [row["result"] for row in table["rows"] if row.get("result")]
+    for name, at in table["columns"].items():
+        assert not results or any(lookup(result, at) is not None for result in results), f"{name}: {at}"
+
+
+def test_a_path_leads_into_lists() -> None:
+    assert lookup({"runs": [{"x": 1}, {"x": 2}]}, "runs.1.x") == 2
+    assert lookup({"runs": [{"x": 1}]}, "runs.1.x") is None
+    assert lookup({"runs": [{"x": 1}]}, "runs.x") is None
 
 
 def test_changes_of_named_paths_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

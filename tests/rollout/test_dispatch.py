@@ -71,11 +71,12 @@ class ScriptedDispatch(Dispatch):
 
     def _look_at_the_engines(self) -> None:
         """What `run` believes of the engines is so, and nobody stands idle while a call waits."""
-        for call, (index, name, overdue) in self._running.items():
+        for call, (index, name, begun, overdue) in self._running.items():
             engine = self.engines[name]
             assert call == engine.sent[0] == (name, index), "it works on the first one it was sent"
             assert len(engine.sent) == 1 + (name in self._ahead)
-            assert overdue == engine.since + DEADLINE_S
+            assert (begun, overdue) == (engine.since, engine.since + DEADLINE_S)
+        assert not self._alone & {index for _, index in self._ahead.values()}
         idle = [name for name, engine in self.engines.items() if not engine.sent and name not in self._failed]
         assert not (idle and self._waiting)
 
@@ -125,6 +126,7 @@ def request(n_engines: int, n_calls: int, script: Callable[[str, int], Any], **m
             "health": health,
             "deadline_s": DEADLINE_S,
             "shards": Counter(),
+            "seconds": dict.fromkeys(names, 1.0),
             "blame": blame,
             "bring_back": None,
             **more,
@@ -190,6 +192,56 @@ def test_few_calls_are_for_whoever_is_through_first() -> None:
     assert ("e1", 2) in order
 
 
+def handed_out(dispatch: ScriptedDispatch) -> dict[str, tuple[str, int]]:
+    """The first calls are with the engines, and those ahead; returns what each engine works on."""
+    dispatch._waiting = deque(range(len(dispatch.calls)))
+    dispatch._results = [None] * len(dispatch.calls)
+    dispatch._hand_out()
+    dispatch._hand_out_ahead()
+    return {call[0]: call for call in dispatch._running}
+
+
+def test_a_slow_engine_and_one_not_known_have_none_ahead() -> None:
+    dispatch = request(4, 16, lambda *_: None, seconds={"e0": 2.1, "e1": 1.0, "e2": 1.0})
+    handed_out(dispatch)
+    assert set(dispatch._ahead) == {"e1", "e2"}
+    known = request(2, 4, lambda *_: None, seconds={})
+    known.run()
+    assert known.seconds == {"e0": 1.0, "e1": 1.0}
+
+
+def test_what_is_still_before_a_call_has_a_deadline_of_its_own() -> None:
+    """An engine that raised goes on to the call that it had ahead, and may be asked again when nobody else is left."""
+    dispatch = request(2, 8, lambda *_: None)
+    first = handed_out(dispatch)
+    assert set(dispatch._ahead) == {"e0", "e1"}
+    outcomes[first["e0"]] = LossReason.RAISED
+    dispatch._take_answer(first["e0"])
+    assert list(dispatch._waiting)[:2] == [0, 2], "both are for others"
+    dispatch._failed.clear()
+    for deadlines in (2, 1):
+        dispatch._give("e0")
+        (call,) = [call for call, work in dispatch._running.items() if work.engine_id == "e0"]
+        assert dispatch._running[call].overdue == clock.now + deadlines * DEADLINE_S
+        outcomes[call] = None
+        dispatch._waiting.clear()
+        dispatch._take_answer(call)
+        dispatch._waiting.extend([6, 7])
+
+
+def test_what_an_engine_died_of_is_not_given_ahead_again() -> None:
+    dispatch = request(3, 12, lambda *_: None)
+    first = handed_out(dispatch)
+    outcomes[first["e0"]] = LossReason.DIED
+    dispatch._take_answer(first["e0"])
+    assert list(dispatch._waiting)[:2] == [0, 3]
+    outcomes[first["e1"]] = None
+    dispatch._take_answer(first["e1"])
+    dispatch._hand_out_ahead()
+    assert "e1" not in dispatch._ahead
+    assert list(dispatch._waiting)[:2] == [0, 3]
+
+
 def test_nobody_is_accused_of_what_the_process_before_it_raised() -> None:
     """Engine a raised, b died; a is launched again, or leaves, while both are brought back."""
     health = FleetHealth(start_deadline_s=1.0)
@@ -206,6 +258,7 @@ def test_nobody_is_accused_of_what_the_process_before_it_raised() -> None:
         health=health,
         deadline_s=1.0,
         shards=Counter(),
+        seconds={},
         blame=lambda failure: pytest.fail(f"{failure} is blamed"),
         bring_back=bring_back,
     )

@@ -18,7 +18,7 @@ from data.feed import Feed
 from data.records import NO_ITEM
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
-from tests.trainer.test_loop import World, host_of, weights
+from tests.trainer.loop_world import World, host_of, weights
 from trainer.group_settings import GroupSettings
 from trainer.jobs import RlJob
 from trainer.loop import RlLoop

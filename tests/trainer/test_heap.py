@@ -19,7 +19,7 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():
     torch.ones(2**24)
-for _ in range(4):
+for _ in range(30):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -27,7 +27,7 @@ from reward.client import RewardClient
 from reward.wire import ScoreCall
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
-from tests.trainer.test_loop import World, host_of, stale, weights
+from tests.trainer.loop_world import World, host_of, stale, weights
 from trainer.collection import Batch
 from trainer.jobs import RlJob, SftJob
 from trainer.list_jobs import ideal_rows

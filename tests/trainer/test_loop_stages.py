@@ -23,7 +23,7 @@ from reward.wire import ScoreCall
 from rollout.probe import GapAlarm
 from tests.requirements import require
 from tests.small_world import recipe, write_dataset
-from tests.trainer.test_loop import World, host_of, weights
+from tests.trainer.loop_world import World, host_of, weights
 from trainer.jobs import RlJob
 from trainer.loop import RlLoop
 from trainer.policy_data import PolicyData
