@@ -79,6 +79,14 @@ def write_recipe(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
+def write_jobs(folder: Path) -> Dataset:
+    """Write a dataset and, for a reference engine, the recipes `rl.yaml` and `sft.yaml`; returns the dataset."""
+    dataset = write_dataset(folder / "source")
+    for job in ("rl", "sft"):
+        write_recipe(folder / f"{job}.yaml", recipe(dataset.path, job, rollout={"engine": "reference"}))
+    return dataset
+
+
 def windlass(*arguments: str, cwd: Path, timeout: float = 400, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the installed command in a process of its own (`python -m` would find the packages of `cwd` first)."""
     return subprocess.run(
