@@ -56,10 +56,18 @@ def clips_itself(settings: LearnerSettings) -> bool:
     return settings.zero_stage == 0 and settings.dtype is Precision.FLOAT32
 
 
-def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
+LARGEST_BUCKET = 500_000_000
+"""Gradients that are reduced together at most: DeepSpeed's default."""
+
+
+def deepspeed_config(settings: LearnerSettings, ranks: int, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration: accumulation is ours, gradients are summed in float32 where a stage can.
 
     Stage 0 in bfloat16 sums its micro-batches in bfloat16, as DeepSpeed does; prefer stage 1 there.
+
+    Args:
+        trained: numbers that are trained, over all parameters. DeepSpeed allocates its whole bucket whatever it is
+            filled with, 2 GB by default.
     """
     bfloat16 = settings.dtype is Precision.BFLOAT16
     config: dict[str, Any] = {
@@ -75,6 +83,7 @@ def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
             "overlap_comm": False,
             "contiguous_gradients": settings.zero_stage > 0,
             "reduce_scatter": True,
+            "reduce_bucket_size": min(trained, LARGEST_BUCKET),
         },
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,

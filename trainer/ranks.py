@@ -99,10 +99,12 @@ def start_engine(module: nn.Module, optimiser: torch.optim.AdamW, settings: Lear
     """A DeepSpeed engine around `module`."""
     import deepspeed
 
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    config = deepspeed_config(settings, ranks, trained)
     gc.freeze()  # DeepSpeed collects garbage a dozen times while it starts, to print its memory use
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return deepspeed.initialize(model=module, optimizer=optimiser, config=deepspeed_config(settings, ranks))[0]
+            return deepspeed.initialize(model=module, optimizer=optimiser, config=config)[0]
     finally:
         gc.unfreeze()
 

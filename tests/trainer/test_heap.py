@@ -1,5 +1,5 @@
 """Contract: a process that was told so keeps the memory that it frees: blocks of megabytes that are allocated and freed
-again and again fault no pages in.
+again and again fault no pages in. Larger ones go back, so that its heap does not grow by what was never touched.
 
 Not checked here: what it is worth in seconds.
 """
@@ -37,3 +37,24 @@ def test_what_is_freed_stays_mapped() -> None:
     # Above 32 MiB glibc never lets a block stay by itself; 64 MiB in 10 steps are 163,840 pages of 4 KiB.
     given_back, kept = faults("give_back"), faults("keep")
     assert kept < given_back / 2
+
+
+LARGE = """
+import torch
+from trainer.heap import KEPT_BYTES, keep_freed_memory
+keep_freed_memory()
+def size():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+before = size()
+block = torch.empty(2 * KEPT_BYTES, dtype=torch.uint8)
+held = size()
+del block
+print(held - before, size() - before)
+"""
+
+
+def test_a_block_beyond_what_is_kept_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, capture_output=True, text=True, check=True)
+    held_kib, left_kib = map(int, done.stdout.split())
+    assert held_kib >= 2**21
+    assert left_kib < 2**20
