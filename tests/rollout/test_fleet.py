@@ -355,6 +355,20 @@ def test_nobody_waits_for_who_comes_up_while_others_are(ray_here: Any, catalogue
     fleet.close()
 
 
+def ends_within(actor: Any, seconds: float) -> bool:
+    """Whether a killed actor is gone by then: Ray does not wait for it, and until then it may answer."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            ray.get(actor.describe.remote(), timeout=seconds)
+        except ray.exceptions.RayActorError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_who_does_not_fall_asleep_gives_its_card_back_all_the_same(ray_here: Any, catalogue: Catalogue) -> None:
     """One that fell silent in a request, and one that falls silent now."""
     settings = RolloutSettings(engine=EngineKind.REFERENCE, dtype="float32", engines=2, deadline_s=1.0)
@@ -369,8 +383,7 @@ def test_who_does_not_fall_asleep_gives_its_card_back_all_the_same(ray_here: Any
     assert fleet.health.named(EngineState.DEAD) == ["reference-0", "reference-1"]
     assert fleet.losses == {LossReason.SILENT: 2}
     for actor in actors:
-        with pytest.raises(ray_here.exceptions.RayActorError):
-            ray_here.get(actor.describe.remote(), timeout=30)
+        assert ends_within(actor, 30), "it may still compute"
     assert fleet.recover() == ["reference-0", "reference-1"], "launched again, or gone, before the next push"
     fleet.close()
 

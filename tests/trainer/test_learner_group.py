@@ -108,8 +108,9 @@ def test_source_of_the_weight_channel(groups: tuple[LearnerGroup, LearnerGroup])
     answers = [group.source.submit("answer_probe", probe).result(timeout=60) for group in groups]
     assert answers[0].noise is None
     noises = [group.source.submit("probe_noise", probe).result(timeout=60) for group in groups]
-    assert noises[0].mean == pytest.approx(noises[1].mean, rel=0.5)
-    assert 0 < noises[0].max < 2e-5
+    # Roundings of two orders of summation; how many of them show is the processor's.
+    for noise in noises:
+        assert 0 < noise.mean <= noise.max < 2e-5
     assert probe_gap(answers[0].logp, answers[1].logp).max < 1e-4
     described = [group.source.submit("describe_weights").result(timeout=60) for group in groups]
     assert described[0] == described[1]
