@@ -24,6 +24,7 @@ from torch.nn import functional
 from data.records import FloatArray, IntArray
 from data.settings import Settings
 from reward.artefact import RankerArtefact
+from reward.item_attention import attended, item_rows
 
 HEADS = 2
 """Attention heads of the `attention` encoder."""
@@ -85,12 +86,9 @@ class StateEncoder(nn.Module):
         rows, length, width = item_BHD.shape
         read_BHD = item_BHD + self.position[-length:]
         newest_BD = read_BHD[:, -1]
-        query_BKD = self.query(newest_BD).view(rows, HEADS, width) * width**-0.5
-        logit_BKH = query_BKD @ read_BHD.transpose(1, 2)
-        # Not minus infinity: an empty history hides every place, and its state is set below.
-        hidden = torch.finfo(logit_BKH.dtype).min
-        weight_BKH = logit_BKH.masked_fill(absent_BH[:, None], hidden).softmax(-1)
-        state_BD = newest_BD + self.mixed((weight_BKH @ read_BHD).flatten(1))
+        query_BKD = self.query(newest_BD).view(rows, HEADS, width)
+        # An empty history hides every place: its state is set to 0.
+        state_BD = newest_BD + self.mixed(attended(query_BKD, read_BHD, absent_BH).flatten(1))
         state_BD = state_BD.masked_fill(absent_BH[:, -1:], 0.0)
         fed_BD: Tensor = self.feed_out(functional.gelu(self.feed_in(self.feed_norm(state_BD))))
         out_BD: Tensor = state_BD + fed_BD
@@ -118,14 +116,13 @@ class ItemNetwork(nn.Module):
         if self.encoder is None:
             raise ValueError("this network has no encoder of its own")
         absent_BH = history_BH == self.shape.n_items
-        embedded_BHD = functional.embedding(history_BH.masked_fill(absent_BH, 0), self.item_ND)
+        embedded_BHD = item_rows(self.item_ND, history_BH.masked_fill(absent_BH, 0))
         state_BD: Tensor = self.encoder(embedded_BHD, absent_BH)
         return state_BD
 
     def values(self, state_BD: Tensor, item_BR: Tensor) -> Tensor:
         """`f(s,a)` `[B, R]` of some items of each row."""
-        value_BR: Tensor = (functional.embedding(item_BR, self.item_ND) @ state_BD[..., None])[..., 0]
-        return value_BR
+        return (item_rows(self.item_ND, item_BR) * state_BD[:, None]).sum(-1)
 
 
 def padded(histories: Sequence[IntArray], shape: LaacShape) -> Tensor:

@@ -216,7 +216,7 @@ class LaacLearner:
 
     def _joined(self, terms: Terms) -> dict[str, float]:
         """Sums over the ranks."""
-        values = torch.stack([value.double().to(self._device) for value in terms.values()])
+        values = torch.stack([value.to(self._device) for value in terms.values()]).double()
         if self.place.ranks > 1:
             torch.distributed.all_reduce(values)
         return dict(zip(terms, values.tolist(), strict=True))

@@ -4,7 +4,8 @@ Every module returns its loss summed over its rows and divided by the counts of 
 ranks is the loss of the batch, and the same for its terms, without gradient. Where a policy's expectation is needed,
 it is that of `trainer.policy_expectation`: no matrix of the batch times the catalogue.
 
-Suffixes: `_B` row, `_D` width, `_N` item, `_R` answer of the reference.
+Suffixes: `_B` row, `_D` width, `_N` item, `_R` answer of the reference, `_S` logged action and answers, `_E` row of one
+critic after those of the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from reward.item_attention import item_rows
 from reward.laac import ItemNetwork, LaacShape
 from trainer.laac_batches import Batch, Counts
 from trainer.laac_losses import Backup, actor_loss, backup_error, bounded_target, critic_loss, gap, grounding
@@ -71,45 +73,36 @@ class Critics(nn.Module):
         """
         settings = self.settings
         state_BD = self.state(batch.history_BH)
-        own_targets: Sequence[Tensor | None] = [None, None]
+        critics = len(self.twins)
+        own_target_E = None
         if settings.backup is Backup.RESIDUAL:
-            next_BD = self.state(batch.next_BH)
-            own_targets = [
-                bounded_target(batch.reward_B, batch.done_B, value_B, settings.discount)
-                for value_B in self.policy_values(next_BD, policy.next)
-            ]
-        # The critics are told apart in all terms but the gap, which is linear in their values on the policy's actions.
-        policy_value_B = None if warm else self.mean_policy_value(state_BD, policy.now)
+            next_E = torch.cat(self.policy_values(self.state(batch.next_BH), policy.next))
+            reward_E, done_E = batch.reward_B.repeat(critics), batch.done_B.repeat(critics)
+            own_target_E = bounded_target(reward_E, done_E, next_E, settings.discount)
         item_BS = torch.cat([batch.action_B[:, None], batch.answer_BR], 1)
-        referenced_B = batch.weight_BR.sum(1) > 0
-        total = state_BD.new_zeros(())
-        sums: Terms = {}
-        for number, network in enumerate(self.twins):
-            value_BS = network.values(state_BD, item_BS)
-            data_B, answer_BR = value_BS[:, 0], value_BS[:, 1:]
-            td = backup_error(data_B, target_B, own_targets[number]).sum() / counts.rows
-            parts = {"td": td, "data_value": data_B.sum() / counts.rows}
-            if policy_value_B is None:
-                loss = td
-            else:
-                reference_B = (batch.weight_BR * answer_BR).sum(1)
-                gap_B = torch.where(referenced_B, gap(policy_value_B, reference_B), 0.0)
-                ground_B = grounding(data_B, answer_BR, batch.weight_BR, settings.grounding)
-                present = max(counts.referenced, 1)
-                parts |= {"gap": gap_B.sum() / present, "grounding": ground_B.sum() / present}
-                loss = critic_loss(
-                    parts["gap"],
-                    parts["grounding"],
-                    td,
-                    alpha=settings.alpha,
-                    beta=settings.beta,
-                    normalized_sum=settings.normalized_sum,
-                )
-            total = total + loss
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + 0.5 * value.detach()
-        sums["critic_loss"] = total.detach()
-        return total, sums
+        value_ES = torch.cat([network.values(state_BD, item_BS) for network in self.twins])
+        data_E, answer_ER = value_ES[:, 0], value_ES[:, 1:]
+        td = backup_error(data_E, target_B.repeat(critics), own_target_E).sum() / counts.rows
+        total, parts = td, {"td": td, "data_value": data_E.sum() / counts.rows}
+        if not warm:
+            # The critics are told apart in all terms but this, which is linear in their values on the policy's actions.
+            policy_value_E = self.mean_policy_value(state_BD, policy.now).repeat(critics)
+            weight_ER = batch.weight_BR.repeat(critics, 1)
+            reference_E = (weight_ER * answer_ER).sum(1)
+            gap_E = torch.where(weight_ER.sum(1) > 0, gap(policy_value_E, reference_E), 0.0)
+            ground_E = grounding(data_E, answer_ER, weight_ER, settings.grounding)
+            present = max(counts.referenced, 1)
+            parts |= {"gap": gap_E.sum() / present, "grounding": ground_E.sum() / present}
+            total = critic_loss(
+                parts["gap"],
+                parts["grounding"],
+                td,
+                alpha=settings.alpha,
+                beta=settings.beta,
+                normalized_sum=settings.normalized_sum,
+            )
+        means = {name: value.detach() / critics for name, value in parts.items()}
+        return total, means | {"critic_loss": total.detach()}
 
 
 class Actor(nn.Module):
@@ -219,7 +212,7 @@ class Supervised(nn.Module):
         nll = cloning(self.network, state_BD, batch.action_B, self.settings.chunk).sum() / counts.rows
         loss, terms = nll, {"nll": nll.detach()}
         for weight, target_B, rows_ND in zip(self.weights, targets, self.rows_of_heads, strict=True):
-            value_B = (state_BD * nn.functional.embedding(batch.action_B, rows_ND)).sum(1)
+            value_B = (state_BD * item_rows(rows_ND, batch.action_B)).sum(1)
             td = backup_error(value_B, target_B).sum() / counts.rows
             terms["td"] = terms.get("td", 0.0) + weight * td.detach()
             loss = loss + self.settings.beta * weight * td
