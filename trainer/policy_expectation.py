@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from trainer.products import product, transposed_product
+
 
 class _Expectation(torch.autograd.Function):
     """Forward and backward; the public face is `expectation`."""
@@ -30,7 +32,7 @@ class _Expectation(torch.autograd.Function):
         whole_BN: Tensor | None = None
         for first in range(0, n_items, chunk):
             part = slice(first, min(first + chunk, n_items))
-            logit_BC = query_BD @ key_ND[part].T
+            logit_BC = product(query_BD, key_ND[part].T)
             if n_items <= chunk:
                 # One piece: its probabilities are kept, and made in place.
                 largest_B1 = logit_BC.amax(1, keepdim=True)
@@ -38,13 +40,13 @@ class _Expectation(torch.autograd.Function):
                 total_B1 = whole_BN.sum(1, keepdim=True)
                 whole_BN.div_(total_B1)
                 lse_B = (largest_B1 + total_B1.log())[:, 0]
-                means = [whole_BN @ value_NV for value_NV in values_NV]
+                means = [product(whole_BN, value_NV) for value_NV in values_NV]
                 break
             joined_B = torch.logaddexp(lse_B, torch.logsumexp(logit_BC, 1))
             kept_B1 = (lse_B - joined_B).exp()[:, None]
             weight_BC = logit_BC.sub_(joined_B[:, None]).exp_()
             means = [
-                kept_B1 * mean_BV + weight_BC @ value_NV[part]
+                kept_B1 * mean_BV + product(weight_BC, value_NV[part])
                 for mean_BV, value_NV in zip(means, values_NV, strict=True)
             ]
             lse_B = joined_B
@@ -71,19 +73,19 @@ class _Expectation(torch.autograd.Function):
             part = slice(first, min(first + ctx.chunk, len(key_ND)))
             weight_BC = ctx.whole_BN
             if weight_BC is None:
-                weight_BC = (query_BD @ key_ND[part].T).sub_(lse_B[:, None]).exp_()
+                weight_BC = product(query_BD, key_ND[part].T).sub_(lse_B[:, None]).exp_()
             for d_value_NV, d_mean_BV in zip(d_values_NV, d_means_BV, strict=True):
                 if d_value_NV is not None:
-                    torch.mm(weight_BC.T, d_mean_BV, out=d_value_NV[part])
+                    d_value_NV[part] = transposed_product(weight_BC, d_mean_BV)
             if wants_policy:
                 d_logit_BC = base_B[:, None].expand(weight_BC.shape)
                 for d_mean_BV, value_NV in zip(d_means_BV, values_NV, strict=True):
-                    d_logit_BC = torch.addmm(d_logit_BC, d_mean_BV, value_NV[part].T)
+                    d_logit_BC = d_logit_BC + product(d_mean_BV, value_NV[part].T)
                 d_logit_BC = d_logit_BC * weight_BC
                 if d_query_BD is not None:
-                    d_query_BD.addmm_(d_logit_BC, key_ND[part])
+                    d_query_BD += product(d_logit_BC, key_ND[part])
                 if d_key_ND is not None:
-                    torch.mm(d_logit_BC.T, query_BD, out=d_key_ND[part])
+                    d_key_ND[part] = transposed_product(d_logit_BC, query_BD)
         return (None, d_query_BD, d_key_ND, *d_values_NV)
 
 
@@ -126,7 +128,7 @@ class FixedPolicy:
     def _known(self) -> tuple[Tensor | None, Tensor | None]:
         if len(self._key_ND) <= self.chunk:
             if self._whole_BN is None:
-                self._whole_BN = (self._query_BD @ self._key_ND.T).softmax(1)
+                self._whole_BN = product(self._query_BD, self._key_ND.T).softmax(1)
         elif self._lse_B is None:
             self._lse_B, _ = expectation(self._query_BD, self._key_ND, chunk=self.chunk)
         return self._whole_BN, self._lse_B
@@ -140,7 +142,7 @@ class FixedPolicy:
         assert lse_B is not None
         for first in range(0, len(self._key_ND), self.chunk):
             part = slice(first, first + self.chunk)
-            yield part, (self._query_BD @ self._key_ND[part].T).sub_(lse_B[:, None]).exp_()
+            yield part, product(self._query_BD, self._key_ND[part].T).sub_(lse_B[:, None]).exp_()
 
     def means(self, *values_NV: Tensor) -> list[Tensor]:
         """`[B, width]` of each value: sum_i p_i value_i, with gradients to the values."""
@@ -167,7 +169,7 @@ class _Means(torch.autograd.Function):
         ctx.policy, ctx.shapes = policy, [value_NV.shape for value_NV in values_NV]
         means: list[Tensor] = []
         for part, weight_BC in policy.chunks():
-            found = [weight_BC @ value_NV[part] for value_NV in values_NV]
+            found = [product(weight_BC, value_NV[part]) for value_NV in values_NV]
             means = [mean.add_(more) for mean, more in zip(means, found, strict=True)] if means else found
         return tuple(means)
 
@@ -180,7 +182,7 @@ class _Means(torch.autograd.Function):
         for part, weight_BC in ctx.policy.chunks():
             for d_value_NV, d_mean_BV in zip(d_values_NV, d_means_BV, strict=True):
                 if d_value_NV is not None:
-                    torch.mm(weight_BC.T, d_mean_BV, out=d_value_NV[part])
+                    d_value_NV[part] = transposed_product(weight_BC, d_mean_BV)
         return (None, *d_values_NV)
 
 
@@ -194,7 +196,7 @@ class _Value(torch.autograd.Function):
         value_B = state_BD.new_zeros(len(state_BD))
         worth_BC = None
         for part, weight_BC in policy.chunks():
-            worth_BC = state_BD @ value_ND[part].T
+            worth_BC = product(state_BD, value_ND[part].T)
             value_B += torch.linalg.vecdot(weight_BC, worth_BC)
         # What one piece is worth is kept like its probabilities.
         ctx.worth_BN = worth_BC if len(value_ND) <= policy.chunk else None
@@ -209,12 +211,12 @@ class _Value(torch.autograd.Function):
         d_key_ND = torch.empty_like(key_ND)
         scaled_BD = d_value_B[:, None] * query_BD
         for part, weight_BC in ctx.policy.chunks():
-            worth_BC = ctx.worth_BN if ctx.worth_BN is not None else state_BD @ value_ND[part].T
+            worth_BC = ctx.worth_BN if ctx.worth_BN is not None else product(state_BD, value_ND[part].T)
             # d value / d logit_c = p_c * (worth_c - value)
             slope_BC = (worth_BC - value_B[:, None]).mul_(weight_BC)
             if d_query_BD is not None:
-                d_query_BD.addmm_(slope_BC, key_ND[part])
-            torch.mm(slope_BC.T, scaled_BD, out=d_key_ND[part])
+                d_query_BD += product(slope_BC, key_ND[part])
+            d_key_ND[part] = transposed_product(slope_BC, scaled_BD)
         if d_query_BD is not None:
             d_query_BD *= d_value_B[:, None]
         return None, d_query_BD, d_key_ND, None, None
@@ -232,7 +234,7 @@ def best_items(query_BD: Tensor, key_ND: Tensor, *, chunk: int = 16_384) -> Tens
     best_B = query_BD.new_full((len(query_BD),), -torch.inf)
     item_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
     for first in range(0, len(key_ND), chunk):
-        top_B, at_B = (query_BD @ key_ND[first : first + chunk].T).max(1)
+        top_B, at_B = product(query_BD, key_ND[first : first + chunk].T).max(1)
         better_B = top_B > best_B
         item_B = torch.where(better_B, at_B + first, item_B)
         best_B = torch.where(better_B, top_B, best_B)
