@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -25,6 +26,7 @@ class _Rows(torch.autograd.Function):
         return functional.embedding(place, item_ND)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         if gradient.is_cuda:
@@ -53,14 +55,16 @@ class _Attention(torch.autograd.Function):
         weight_BKH = logit_BKH.sub_(logit_BKH.amax(-1, keepdim=True)).exp_()
         weight_BKH /= weight_BKH.sum(-1, keepdim=True)
         ctx.scale = scale
-        ctx.save_for_backward(query_BKD, read_BHD, weight_BKH)
+        ctx.save_for_backward(query_BKD, read_BHD, weight_BKH, absent_BH)
         return torch.bmm(weight_BKH, read_BHD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_mean_BKD: Tensor) -> tuple[Tensor, Tensor, None]:
-        query_BKD, read_BHD, weight_BKH = ctx.saved_tensors
+        query_BKD, read_BHD, weight_BKH, absent_BH = ctx.saved_tensors
         slope_BKH = torch.bmm(d_mean_BKD, read_BHD.transpose(1, 2)).mul_(weight_BKH)
         d_logit_BKH = slope_BKH.addcmul_(weight_BKH, slope_BKH.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
+        d_logit_BKH.masked_fill_(absent_BH[:, None], 0.0)
         d_query_BKD = torch.bmm(d_logit_BKH, read_BHD)
         # The items are read twice: as what is weighted, and as what the query is held against.
         by_place_BHK = torch.cat([weight_BKH, d_logit_BKH], 1).transpose(1, 2)
@@ -71,7 +75,7 @@ class _Attention(torch.autograd.Function):
 def attended(query_BKD: Tensor, read_BHD: Tensor, absent_BH: Tensor) -> Tensor:
     """`[B, K, D]` softmax(query . read / sqrt(D)) over the places that are not absent, times what is read there.
 
-    A row without any place is worth its mean, and has no gradient to ask for.
+    A row without any place is worth the mean of what is hidden.
     """
     mean_BKD: Tensor = _Attention.apply(query_BKD, read_BHD, absent_BH)  # type: ignore[no-untyped-call]
     return mean_BKD

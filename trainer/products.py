@@ -22,7 +22,7 @@ def _by_onednn(tensor: Tensor) -> bool:
 
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     """`left @ right`, without gradient; the right one may be a transposed view, the left one is best none."""
-    if not _by_onednn(left_MK):
+    if not _by_onednn(left_MK) or not left_MK.shape[1]:  # of oneDNN's no sum is empty
         return left_MK @ right_KN
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.T, None, "none", [], ""))
 

@@ -47,12 +47,17 @@ def test_gradients_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(lambda rows: item_rows(rows, place), (numbers(ITEMS, WIDTH),))
 
 
-def test_a_row_without_a_place_is_a_number() -> None:
+def test_a_row_without_a_place_is_the_mean_of_what_is_hidden() -> None:
     query_BKD, read_BHD, absent_BH = histories()
-    found = attended(query_BKD, read_BHD, absent_BH | (torch.arange(ROWS) == 2)[:, None])
-    assert found.isfinite().all()
-    kept = torch.arange(ROWS) != 2
-    torch.testing.assert_close(found[kept], plain(query_BKD, read_BHD, absent_BH)[kept])
+    absent_BH = absent_BH | (torch.arange(ROWS) == 2)[:, None]
+    hidden = torch.finfo(torch.float64).min
+    logit_BKH = (query_BKD @ read_BHD.transpose(1, 2) * WIDTH**-0.5).masked_fill(absent_BH[:, None], hidden)
+    found, expected = attended(query_BKD, read_BHD, absent_BH), logit_BKH.softmax(-1) @ read_BHD
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[2], read_BHD[2].mean(0).expand(QUERIES, WIDTH))
+    weight_BKD = torch.randn(found.shape, dtype=found.dtype)
+    gradients = [torch.autograd.grad(value, (query_BKD, read_BHD), weight_BKD) for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_rows_of_items_are_torchs_to_the_bit() -> None:

@@ -1,4 +1,5 @@
-"""Contract: the learning rate follows warm-up and schedule, and decay spares vectors.
+"""Contract: the learning rate follows warm-up and schedule, decay spares vectors, and DeepSpeed's bucket is no larger
+than what fills it.
 
 The values are computed by hand. Not here: that DeepSpeed takes them (test_learner_group.py compares the metric).
 """
@@ -9,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from trainer.optimisation import decay_groups, learning_rate
+from trainer.optimisation import LARGEST_BUCKET, decay_groups, deepspeed_config, learning_rate
 from trainer.settings import LearnerSettings, Schedule
 
 
@@ -31,6 +32,12 @@ def test_vectors_do_not_decay() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     groups = decay_groups(module, 0.1)
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
+
+
+@pytest.mark.parametrize(("trained", "bucket"), [(1_000, 1_000), (7_000_000_000, LARGEST_BUCKET)])
+def test_the_bucket_holds_what_is_trained_up_to_a_limit(trained: int, bucket: int) -> None:
+    config = deepspeed_config(LearnerSettings(), 1, trained)
+    assert config["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_settings_name_what_is_legal() -> None:

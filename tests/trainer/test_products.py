@@ -11,7 +11,7 @@ import torch
 
 from trainer.products import product, transposed_product
 
-SHAPES = [(1, 1, 1), (7, 5, 3), (64, 8, 333), (33, 700, 12)]
+SHAPES = [(1, 1, 1), (4, 0, 3), (0, 4, 3), (4, 3, 0), (7, 5, 3), (64, 8, 333), (33, 700, 12)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
