@@ -1,5 +1,5 @@
-"""Contract: products by either library are those of float64 up to float32's rounding, whatever the layout, and carry
-what is not finite.
+"""Contract: products by either library are those of float64 up to float32's rounding, whatever the layout, carry what
+is not finite, and have no gradient that could be lost.
 
 Not checked here: that one of them is faster.
 """
@@ -36,3 +36,11 @@ def test_what_is_not_finite_stays_so() -> None:
         assert found_MN[1].isnan().all()
         assert found_MN[2].isinf().all()
         assert torch.equal(found_MN[[0, 3]], torch.full((2, 20), 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_asked_for_is_an_error(dtype: torch.dtype) -> None:
+    left_MK, right_KN = torch.ones(4, 3, dtype=dtype, requires_grad=True), torch.ones(3, 5, dtype=dtype)
+    for found_MN in (product(left_MK, right_KN), transposed_product(left_MK.T, right_KN)):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            found_MN.sum().backward()
