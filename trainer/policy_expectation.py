@@ -78,9 +78,9 @@ class _Expectation(torch.autograd.Function):
                 if d_value_NV is not None:
                     d_value_NV[part] = transposed_product(weight_BC, d_mean_BV)
             if wants_policy:
-                d_logit_BC = base_B[:, None].expand(weight_BC.shape)
+                d_logit_BC = base_B[:, None]
                 for d_mean_BV, value_NV in zip(d_means_BV, values_NV, strict=True):
-                    d_logit_BC = d_logit_BC + product(d_mean_BV, value_NV[part].T)
+                    d_logit_BC = product(d_mean_BV, value_NV[part].T).add_(d_logit_BC)
                 d_logit_BC = d_logit_BC * weight_BC
                 if d_query_BD is not None:
                     d_query_BD += product(d_logit_BC, key_ND[part])
