@@ -1,7 +1,7 @@
 """Reading the rows of items: by their ids, and by attention of a few queries over the items of a history.
 
-Both are functions of their own for the sake of their backward passes, which on CPU take half the time of torch's or
-less: a step of LAAC is a thousand operations of a few microseconds.
+Both are functions of their own for the sake of their backward passes, which on CPU take fewer and quicker operations
+than torch's: a step of LAAC is hundreds of operations of a few microseconds.
 
 Suffixes: `_B` row, `_K` query of a row, `_H` place in its history, `_D` width, `_N` item.
 """

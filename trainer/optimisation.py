@@ -10,6 +10,9 @@ from torch import nn
 
 from trainer.settings import Device, LearnerSettings, Precision, Schedule
 
+LARGEST_BUCKET = 500_000_000
+"""Gradients that are reduced together at most: DeepSpeed's default."""
+
 
 def learning_rate(settings: LearnerSettings, step: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based): linear warm-up, then the schedule over what is left.
@@ -54,10 +57,6 @@ def _on_cpu(settings: LearnerSettings) -> bool:
 def clips_itself(settings: LearnerSettings) -> bool:
     """Whether the learner clips gradients itself: DeepSpeed hides the norm where it wraps no optimiser."""
     return settings.zero_stage == 0 and settings.dtype is Precision.FLOAT32
-
-
-LARGEST_BUCKET = 500_000_000
-"""Gradients that are reduced together at most: DeepSpeed's default."""
 
 
 def deepspeed_config(settings: LearnerSettings, ranks: int, trained: int) -> dict[str, Any]:
